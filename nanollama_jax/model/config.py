@@ -1,0 +1,59 @@
+"""What shape the model has, and what can be counted from the shape alone: parameters and FLOPs."""
+
+import dataclasses
+
+from nanollama_jax.errors import BadInput
+
+ATTENTION_BACKENDS = ("xla", "cudnn")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Llama. `dtype` is that of activations and matrix products; parameters are float32."""
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+    attention: str = "xla"  # one of ATTENTION_BACKENDS
+    document_mask: bool = True  # False: causal over the whole row, across document boundaries
+    remat: str = "none"  # one of REMAT_POLICIES
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise BadInput(f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}: choose one that is")
+        if self.head_dim % 2:
+            raise BadInput(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.attention not in ATTENTION_BACKENDS:
+            raise BadInput(f"model.attention={self.attention!r} is unknown: choose auto, {', '.join(ATTENTION_BACKENDS)}")
+        if self.remat not in REMAT_POLICIES:
+            raise BadInput(f"model.remat={self.remat!r} is unknown: choose {', '.join(REMAT_POLICIES)}")
+        if self.attention == "cudnn" and self.document_mask:
+            raise BadInput("model.attention='cudnn' is plain causal and cannot mask documents: set model.document_mask=False, or model.attention=xla")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise BadInput("model.attention='cudnn' needs 16-bit activations: set model.dtype=bfloat16, or model.attention=xla")
+
+    @property
+    def matmul_params(self) -> int:
+        """Parameters that take part in matrix products: all but the embedding table and the norms."""
+        attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.d_model * self.ffn_dim) + self.d_model * self.vocab_size
+
+    @property
+    def num_params(self) -> int:
+        return self.matmul_params + self.vocab_size * self.d_model + (2 * self.num_layers + 1) * self.d_model
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """FLOPs of one training token, forward and backward: 6 per matmul parameter plus causal attention, 6 * L * S * N * H.
+
+        This is the causal count (half of the full square). The nominal count of PaLM (appendix B), 6 * all parameters + 12 * L * S * D,
+        is 1.21x as large for the 1B model at 4,096 tokens and 1.45x at 16,384. Recomputation (remat) is not counted.
+        """
+        return 6.0 * self.matmul_params + 6.0 * self.num_layers * seq_len * self.num_heads * self.head_dim

@@ -1,0 +1,127 @@
+"""The decoder: tokens in, final hidden states out. The head's weights live here, but the loss applies them, chunk by chunk, so that
+full-size logits never exist in training (`train/losses.py`); `logits` is for everything else.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import with_logical_constraint as constrain
+
+from nanollama_jax.model.attention import attend
+from nanollama_jax.model.config import ModelConfig
+from nanollama_jax.model.rope import apply_rope, rope_table
+
+INIT_STDDEV = 0.02
+HIDDEN = ("batch", "length", "act_embed")  # logical axes of hidden_BTD
+
+# `dots` saves what matrix products with weights give and recomputes the rest, attention scores included; `full` saves layer inputs only.
+_REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+
+
+class Weight(nn.Module):
+    """One float32 parameter with logical axis names, truncated-normal (2 sigma) initialised, given in the compute dtype."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+    stddev: float = INIT_STDDEV
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        # jax's truncated_normal(stddev) sets the scale before truncation at 2 sigma, as torch's trunc_normal_ at +-2*std does
+        init = nn.with_logical_partitioning(nn.initializers.truncated_normal(self.stddev), self.axes)
+        return self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Root-mean-square norm (arXiv:1910.07467), computed in float32, returned in the dtype of the input."""
+        scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x_BTD.shape[-1],), jnp.float32)
+        x_f32 = x_BTD.astype(jnp.float32)
+        x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.eps)
+        return (x_f32 * scale_D).astype(x_BTD.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+        c = self.config
+        D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, Weight((D, N, H), ("embed", "heads", "head_dim"), c.dtype, name="q")())
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="k")())
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="v")())
+        out_BTNH = attend(apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH, segment_ids_BT, c)
+        o_NHD = Weight((N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o")()
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD)
+
+
+class FeedForward(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """SwiGLU (arXiv:2002.05202)."""
+        c = self.config
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="gate")())
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="up")())
+        down_FD = Weight((c.ffn_dim, c.d_model), ("ffn", "embed"), c.dtype, residual_stddev(c), name="down")()
+        return jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, down_FD)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        """Pre-norm attention, then pre-norm feed-forward. The None is what `nn.scan` collects per layer: nothing."""
+        c = self.config
+        hidden_BTD = constrain(hidden_BTD, HIDDEN)
+        hidden_BTD += Attention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(hidden_BTD), segment_ids_BT, rope)
+        hidden_BTD = constrain(hidden_BTD, HIDDEN)
+        hidden_BTD += FeedForward(c, name="ffn")(RMSNorm(c.norm_eps, name="ffn_norm")(hidden_BTD))
+        return constrain(hidden_BTD, HIDDEN), None
+
+
+class Llama(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, rope_theta: jax.Array) -> jax.Array:
+        """Final hidden states (B, T, D), normed, in `config.dtype`. Integer inputs are int32; `rope_theta` is a float32 scalar, traced."""
+        c = self.config
+        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), c.dtype, name="embedding")()
+        Weight((c.d_model, c.vocab_size), ("embed", "vocab"), c.dtype, name="head")()  # applied by the loss
+        hidden_BTD = constrain(embedding_VD[tokens_BT], HIDDEN)
+        rope = rope_table(positions_BT, c.head_dim, rope_theta)
+
+        block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=not c.scan_layers)
+        if c.scan_layers:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            hidden_BTD, _ = layers(c, name="layers")(hidden_BTD, segment_ids_BT, rope)
+        else:
+            for i in range(c.num_layers):
+                hidden_BTD, _ = block(c, name=f"layers_{i}")(hidden_BTD, segment_ids_BT, rope)
+        return RMSNorm(c.norm_eps, name="final_norm")(hidden_BTD)
+
+
+def residual_stddev(config: ModelConfig) -> float:
+    """Outputs onto the residual stream start smaller, by 1/sqrt(2 * layers), as in GPT-2, so that its variance does not grow with depth."""
+    return INIT_STDDEV / (2 * config.num_layers) ** 0.5
+
+
+def logits(config: ModelConfig, params, tokens_BT, positions_BT, segment_ids_BT, rope_theta) -> jax.Array:
+    """Logits (B, T, V) float32 of whole rows; `params` is the unboxed tree under "params"."""
+    hidden_BTD = Llama(config).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, jnp.float32(rope_theta))
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, params["head"]["kernel"].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""From batches to weights: losses, optimizer, step, loop, metrics, gates."""

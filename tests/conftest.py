@@ -1,0 +1,31 @@
+"""Two CPU devices for every test, and optional real data: a test that wants it skips, with a reason, where there is none."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["WANDB_MODE"] = "disabled"
+
+import jax
+import pytest
+
+from nanollama_jax import sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED_DATA = ROOT / "../shared/data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the optional folder of real test data is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of the first device, entered."""
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    with sharding.use_mesh(mesh):
+        yield mesh
