@@ -1,4 +1,4 @@
-"""What is minimised. An objective returns sums and counts, never means: the global mean is taken once, over devices and micro-batches, by the step."""
+"""What is minimised. An objective returns sums and counts, never means: the step takes the global mean once, over devices and micro-batches."""
 
 import jax
 import jax.numpy as jnp

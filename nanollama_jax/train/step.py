@@ -78,7 +78,7 @@ def train_step(
 
     weight = jnp.maximum(sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    loss, grad_norm = sums["ce"] / weight, optax.global_norm(grads)
+    loss, grad_norm = sums["ce"] / weight, optax.tree.norm(grads)
     lr = learning_rate(state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)

@@ -46,7 +46,7 @@ def hf_model(model: ModelConfig, params, rope_theta: float) -> transformers.Llam
 def read_stories260k(path: pathlib.Path) -> tuple[ModelConfig, dict]:
     """llama2.c's v0 format: seven int32, then float32 tensors; RoPE rotates neighbouring pairs there, so q and k rows are permuted to rotate-half."""
     blob = path.read_bytes()
-    D, F, L, N, K, V, seq_len = struct.unpack("7i", blob[:28])
+    D, F, L, N, K, V, _seq_len = struct.unpack("7i", blob[:28])
     assert V > 0, "negative means an untied head"
     H = D // N
     weights, offset = np.frombuffer(blob, np.float32, offset=28), 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanollama_jax.model import Llama, ModelConfig
-from nanollama_jax.model import llama
+from nanollama_jax.model import Llama, ModelConfig, llama
 from nanollama_jax.train.objectives import next_token
 from tests.model.oracle import hf_model, hf_names, read_stories260k
 
@@ -180,7 +180,7 @@ def test_remat_and_unrolling_change_nothing(change):
     )
 
     def unrolled(params):
-        layers = {f"layers_{i}": jax.tree.map(lambda x: x[i], params["layers"]) for i in range(SMALL.num_layers)}
+        layers = {f"layers_{i}": jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(SMALL.num_layers)}
         return {k: v for k, v in params.items() if k != "layers"} | layers
 
     arrange = (lambda p: p) if model.scan_layers else unrolled

@@ -1,0 +1,35 @@
+# make quickstart    train the nano model through the whole curriculum; again: resume, or say that nothing is left to do
+# make test          every test
+# make lint          the linter
+# make benchmark     speed, beside what one would use instead
+
+# The first Python of version 3.11 or 3.12 that runs; name another with PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
+RUN := .venv/bin/python
+
+.PHONY: quickstart test lint benchmark
+quickstart: .venv/installed
+	$(RUN) main.py --config configs/curriculum.py:nano
+
+test: .venv/installed-dev
+	$(RUN) -m pytest
+
+lint: .venv/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+benchmark: .venv/installed-dev
+	$(RUN) tools/benchmark.py train
+	$(RUN) tools/benchmark.py data
+
+.venv/installed: requirements.txt $(REQUIREMENTS)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or name it with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r $(REQUIREMENTS)
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,107 @@
+"""What a checkpoint is: everything needed to go on training, or to use the model, and nothing outside it.
+
+One Orbax composite per step, in `WORKDIR/checkpoints/step_N`: `state` (params, optimizer, step counters; sharded, restorable on
+another number of devices), `data` (the batch iterator's position), `metadata` (JSON: config, model, phase, tokens seen, checksums, versions) and
+`tokenizer` (the SentencePiece model itself). It is written in the background under a temporary name and renamed when whole: a kill at any moment
+leaves the last whole one.
+"""
+
+import base64
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from nanollama_jax.errors import BadInput
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Keeps the last `keep_last`, and every one whose step is a multiple of `keep_every` (0: none of these)."""
+
+    def __init__(self, workdir: str | os.PathLike, keep_last: int | None = None, keep_every: int = 0, *, read_only: bool = False):
+        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        writing = {} if read_only else dict(max_to_keep=keep_last, keep_period=keep_every or None, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(step_prefix="step", read_only=read_only, **writing)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "data", "metadata", "tokenizer"))
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: dict[str, Any], metadata: dict[str, Any], tokenizer_model: bytes) -> None:
+        """Copies the state and returns; writing goes on in the background and has ended when `wait` returns. Raises BadInput if the disk is full."""
+        self.wait()
+        needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise BadInput(
+                f"no room for the checkpoint of step {step} in {self.directory}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free; "
+                f"free some space and run the same command again: it goes on from step {self.latest_step()}"
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            metadata=ocp.args.JsonSave(metadata),
+            tokenizer=ocp.args.JsonSave({"sentencepiece_model_base64": base64.b64encode(tokenizer_model).decode()}),
+        )
+        with self._disk_full_is_bad_input():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Returns when what was saved is whole on disk."""
+        with self._disk_full_is_bad_input():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """The state, laid out by `shardings` whatever the layout it was saved from, and the data iterator's position."""
+        target = jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)
+        items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()))
+        return items["state"], items["data"]
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _disk_full_is_bad_input(self):
+        return _DiskFullIsBadInput(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiskFullIsBadInput:
+    checkpoints: Checkpoints
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        # TensorStore reports a full disk as a ValueError that quotes the operating system
+        if error is not None and (getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)):
+            raise BadInput(
+                f"the disk of {self.checkpoints.directory} is full: free some space and run the same command again; "
+                f"it goes on from step {self.checkpoints.latest_step()}"
+            ) from error
+
+
+def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
+    """`(workdir, step)` of the latest checkpoint in a workdir, or of `WORKDIR/checkpoints/step_N` itself; None if there is none.
+
+    Reads folder names only: an unfinished checkpoint has another name.
+    """
+    path = pathlib.Path(path)
+    if path.parent.name == FOLDER and path.name.startswith("step_") and path.is_dir():
+        return path.parent.parent, int(path.name.removeprefix("step_"))
+    steps = [p.name.removeprefix("step_") for p in (path / FOLDER).glob("step_*") if p.is_dir()]
+    steps = [int(step) for step in steps if step.isdecimal()]
+    return (path, max(steps)) if steps else None
+
+
+def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint that `find` found."""
+    return json.loads((pathlib.Path(workdir) / FOLDER / f"step_{step}" / "metadata" / "metadata").read_text())

@@ -1,0 +1,85 @@
+"""Runs the stages of a curriculum in order, each in its own folder of the workdir and from where the one before ended; skips what is finished.
+
+The tokenizer and the corpora come first, so that one command goes from raw text to the last checkpoint. A gate that says stop ends the run.
+"""
+
+import json
+import pathlib
+
+import jax
+import rich.table
+from ml_collections import ConfigDict
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data.prepare import prepare_all
+from nanollama_jax.train import gates, metrics
+from nanollama_jax.train.loop import train
+
+
+def stage_config(config: ConfigDict, name: str, init_from: str) -> ConfigDict:
+    """One stage as a whole config: what all share, then what is its own."""
+    merged = ConfigDict({key: value for key, value in config.to_dict().items() if key != "stages"})
+    merged.update(config.stages[name])
+    merged.init_from = init_from
+    return merged
+
+
+def stage_names(config: ConfigDict) -> list[str]:
+    return sorted(config.stages, key=lambda name: config.stages[name].start_step)
+
+
+def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
+    """At its last step, and not held there by a gate."""
+    found = checkpoint.find(workdir)
+    if found is None or found[1] < stage.end_step:
+        return False
+    held = gates.thresholds(stage.gates.perplexity, stage.end_step) and gates.read(workdir).get(str(stage.end_step)) not in ("go", "caution")
+    return not (held and stage.gates.enforce)
+
+
+def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
+    """True when every stage is finished, False when a signal stopped one. Raises BadInput or RunStopped as the stages do."""
+    workdir = pathlib.Path(workdir)
+    names = stage_names(config)
+    stages = {}
+    for before, name in zip([None, *names], names, strict=False):
+        stages[name] = stage_config(config, name, config.init_from if before is None else str(workdir / before))
+    if all(is_finished(stage, workdir / name) for name, stage in stages.items()):
+        metrics.console.print(f"Nothing left to do: {', '.join(names)} are finished in {workdir}.", soft_wrap=True)
+        return True
+
+    if jax.process_index() == 0:
+        prepare_all(config)
+    for name, stage in stages.items():
+        if is_finished(stage, workdir / name):
+            metrics.console.print(f"{name} is finished in {workdir / name}: skipped", soft_wrap=True)
+            continue
+        if not train(stage, workdir / name).finished:
+            return False
+    if jax.process_index() == 0:
+        summarise(names, workdir)
+    return True
+
+
+def summarise(names: list[str], workdir: pathlib.Path) -> None:
+    """Prints what each stage did and writes `WORKDIR/curves.png` and `summary.json`."""
+    rows = {name: metrics.read_rows(workdir / name / "metrics.jsonl") for name in names}
+    table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity", title="Curriculum")
+    summary = {}
+    for name in names:
+        steps = [row for row in rows[name] if "loss" in row]
+        final = [row for row in rows[name] if "validation_perplexity" in row][-1]
+        minutes = sum(row["seconds"] for row in steps) / 60
+        perplexity = final["validation_perplexity"]
+        summary[name] = {"last_step": steps[-1]["step"], "final_loss": steps[-1]["loss"], "minutes": round(minutes, 2), "perplexity": perplexity}
+        shown = "  ".join(f"{source} {value:,.2f}" for source, value in perplexity.items() if source != "all")
+        table.add_row(name, f"{steps[0]['step'] - 1} -> {steps[-1]['step']}", f"{minutes:.1f}", f"{steps[-1]['loss']:.3f}", shown)
+    metrics.console.print(table)
+    first = next(row["validation_perplexity"] for row in rows[names[0]] if "validation_perplexity" in row)
+    last = summary[names[-1]]["perplexity"]
+    for source in sorted(set(first) & set(last) - {"all"}):
+        fold = first[source] / last[source]
+        metrics.console.print(f"validation perplexity of {source}: {first[source]:,.1f} at step 0, {last[source]:,.2f} now: {fold:.0f}-fold lower")
+    (workdir / "summary.json").write_text(json.dumps({"first_validation": first, "stages": summary}, indent=1) + "\n")
+    metrics.plot_curves([workdir / name / "metrics.jsonl" for name in names], workdir / "curves.png")
+    metrics.console.print(f"Curves: {workdir / 'curves.png'}   Checkpoints: {workdir / names[-1] / checkpoint.FOLDER}", soft_wrap=True)

@@ -1,0 +1,129 @@
+"""The built-in corpus: text that every installation already holds, so that a first run needs no network and no download.
+
+    docs       docstrings, one document a module; the packages' long descriptions; Python's language reference topics
+    code       whole Python sources
+    reasoning  reasoning-gym's generated questions with their answers
+
+Sources come from the standard library and from packages that the product itself requires, read as files and never imported.
+The same versions give the same documents in the same order; what else is installed makes no difference.
+"""
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanollama_jax.errors import BadInput
+
+NAMES = ("docs", "code", "reasoning")
+
+STANDARD_LIBRARY = "stdlib"
+DOCS_PACKAGES = (STANDARD_LIBRARY, "datasets", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "numpy", "optax", "orbax", "scipy")
+CODE_PACKAGES = (STANDARD_LIBRARY, "flax", "grain", "numpy", "optax", "orbax")
+DESCRIBED = ("absl-py", "array-record", "datasets", "datatrove", "flax", "fsspec", "grain", "huggingface-hub", "jax", "matplotlib",
+             "ml-collections", "numpy", "optax", "orbax-checkpoint", "reasoning-gym", "rich", "scipy", "sentencepiece",
+             "tensorflow-datasets", "wandb")  # fmt: skip
+# Tests and vendored copies; `encodings` and jax's `export_back_compat_test_data` are tables that a program wrote.
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "encodings", "pydoc_data", "internal_test_util",
+                   "site-packages", "dist-packages", "__pycache__", "export_back_compat_test_data"}  # fmt: skip
+MIN_CHARACTERS = 200
+
+REASONING_SEED = 20_000_000  # item i is drawn from seed + i: far from the small seeds that SFT, DPO and evaluation use
+REASONING_ITEMS = 600
+# Not every task will do: list_functions draws from the global generator, ransom_note from the order of a set.
+REASONING_TASKS = ("aiw", "base_conversion", "basic_arithmetic", "calendar_arithmetic", "chain_sum", "complex_arithmetic",
+                   "count_primes", "course_schedule", "decimal_arithmetic", "family_relationships", "fraction_simplification",
+                   "gcd", "gsm_symbolic", "largest_island", "lcm", "leg_counting", "letter_counting",
+                   "number_filtering", "number_format", "number_sorting", "shortest_path", "simple_geometry",
+                   "spell_backward", "syllogism", "time_intervals", "word_sorting")  # fmt: skip
+
+
+def read(name: str, rank: int, world_size: int) -> Iterator[tuple[str, str]]:
+    """Yields this rank's documents of `name` as (id, text). The ranks partition the set; each does its own share of the work."""
+    if name not in NAMES:
+        raise BadInput(f"builtin://{name} is no built-in corpus: there are {', '.join('builtin://' + known for known in NAMES)}")
+    return {"docs": _docs, "code": _code, "reasoning": _reasoning}[name](rank, world_size)
+
+
+def _docs(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
+    for module, path in _modules(DOCS_PACKAGES)[rank::world_size]:
+        text = _docstrings(module, path)
+        if len(text) >= MIN_CHARACTERS:
+            yield f"docs/{module}", text
+    for distribution in DESCRIBED[rank::world_size]:
+        yield f"description/{distribution}", _description(distribution)
+    from pydoc_data.topics import topics  # plain data, half a megabyte
+
+    for topic in sorted(topics)[rank::world_size]:
+        yield f"topic/{topic}", topics[topic]
+
+
+def _code(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
+    for module, path in _modules(CODE_PACKAGES)[rank::world_size]:
+        with tokenize.open(path) as file:  # honours a PEP 263 encoding line
+            text = file.read()
+        if len(text) >= MIN_CHARACTERS:
+            yield f"code/{module}", text
+
+
+def _reasoning(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
+    import reasoning_gym
+
+    for task in REASONING_TASKS:
+        items = reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS)
+        for index in range(rank, REASONING_ITEMS, world_size):
+            yield f"reasoning/{task}/{index}", f"Question: {items[index]['question'].strip()}\nAnswer: {items[index]['answer']}"
+
+
+@functools.cache  # walking the folders takes half a second
+def _modules(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """(dotted name, file) of every module, sorted, without importing any."""
+    found = []
+    for package in packages:
+        root = _root(package)
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIPPED_FOLDERS.isdisjoint(parts) and not path.stem.endswith("_test"):
+                found.append((".".join(parts if package == STANDARD_LIBRARY else (package, *parts)).removesuffix(".__init__"), path))
+    return sorted(found)
+
+
+def _root(package: str) -> Path:
+    if package == STANDARD_LIBRARY:
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise BadInput(f"the built-in corpus reads the package {package}, which is not installed: pip install -r requirements.txt")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _description(distribution: str) -> str:
+    try:
+        metadata = importlib.metadata.metadata(distribution)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BadInput(f"the built-in corpus describes {distribution}, which is not installed: pip install -r requirements.txt") from error
+    return f"{metadata['Name']}: {metadata['Summary']}\n\n{metadata.get('Description') or metadata.get_payload() or ''}"
+
+
+def _docstrings(module: str, path: Path) -> str:
+    """Every docstring of the module under its dotted name and signature, in source order, each text once."""
+    with warnings.catch_warnings(action="ignore"):  # old sources have invalid escapes, which is none of the reader's concern
+        tree = ast.parse(path.read_bytes())
+    sections: dict[str, str] = {}  # docstring -> heading
+
+    def visit(node: ast.AST, name: str) -> None:
+        docstring = ast.get_docstring(node)
+        if docstring:
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            sections.setdefault(docstring, f"{name}({ast.unparse(node.args)})" if is_function else name)
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child, f"{name}.{child.name}")
+
+    visit(tree, module)
+    return "\n\n".join(f"{heading}\n\n{docstring}" for docstring, heading in sections.items())

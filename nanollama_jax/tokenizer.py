@@ -1,0 +1,125 @@
+"""Text to token ids and back: any SentencePiece model, and the training of our own.
+
+Ours is byte-pair encoding with byte fallback, identity normalisation and no dummy prefix, so that every text has exactly one
+encoding and comes back from it unchanged. A model from elsewhere (Llama 2's, Mistral's) is used as it is: the ids are always
+SentencePiece's own. The one text that does not round-trip is one that holds U+2581 (▁): SentencePiece writes spaces with it,
+and decodes both to a space.
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from nanollama_jax.errors import BadInput
+
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+# The trainer drops sentences over max_sentence_length bytes and trims newlines at their end, so documents are cut into
+# stretches that end before a space or a newline. Newlines inside and in front of a stretch are learnt: on Python code the
+# pieces ":\n", ")\n\n" ... give 3.11 bytes a token where training on single lines gives 2.93 (4,096 pieces).
+_STRETCH_CHARACTERS = 4000
+_STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STRETCH_CHARACTERS}}}")
+
+
+def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_bytes: int) -> None:
+    """Trains a tokenizer on the first `max_bytes` (UTF-8) of `texts` and writes it to `path`, whole or not at all.
+
+    The same texts give the same file on any machine. Raises `BadInput` when the text cannot fill `vocab_size` pieces.
+    """
+    read_bytes = 0
+
+    def stretches() -> Iterator[str]:
+        nonlocal read_bytes
+        for text in texts:
+            for match in _STRETCH.finditer(text):
+                read_bytes += len(match.group().encode())
+                if read_bytes > max_bytes:
+                    return
+                yield match.group()
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=stretches(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,  # byte fallback takes the rest
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * _STRETCH_CHARACTERS,
+            num_threads=8,  # a constant: it is stored in the model file, whose hash must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, path)
+
+
+def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:
+    if "smaller than required_chars" in message:
+        return f"a vocabulary of {vocab_size} pieces has no room for the 256 bytes and the text's characters: raise vocab_size"
+    if found := re.search(r"value <= (\d+)", message):
+        return f"{text_bytes:,} bytes of text give at most {found[1]} pieces, not {vocab_size}: lower vocab_size or train on more text"
+    if "sentences_.empty()" in message:
+        return "there is no text to train the tokenizer on: check its sources and max_bytes"
+    return f"SentencePiece could not train {vocab_size} pieces on {text_bytes:,} bytes of text: {message}"
+
+
+class Tokenizer:
+    """A SentencePiece model. Control ids (BOS, EOS) never come from text: "<s>" is encoded as the characters it is."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Raises `BadInput` if `path` is missing, is no SentencePiece model, or has no BOS or EOS."""
+        try:
+            self._load(Path(path).read_bytes())
+        except OSError as error:
+            raise BadInput(f"tokenizer {path}: {error.strerror}: give the path of a SentencePiece .model file") from error
+        except RuntimeError as error:
+            raise BadInput(f"tokenizer {path} is not a SentencePiece model, or is damaged") from error
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise BadInput(f"tokenizer {path} has no {'BOS' if self.bos_id < 0 else 'EOS'} piece: documents could not be delimited")
+
+    def _load(self, model_bytes: bytes) -> None:
+        self.model_bytes = model_bytes
+        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model_bytes)  # the constructor takes an empty model for none
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+
+    def __getstate__(self) -> bytes:
+        return self.model_bytes  # not the path: a copy in another process must be this very model
+
+    def __setstate__(self, model_bytes: bytes) -> None:
+        self._load(model_bytes)
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of `text`, with BOS before and EOS after it where asked."""
+        return [self.bos_id] * bos + self._processor.encode(text) + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on one thread: preparation runs a process per core."""
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`. Control ids give nothing; bytes that are no UTF-8 give U+FFFD."""
+        return self._processor.decode([int(token) for token in ids])

@@ -1,0 +1,33 @@
+"""Go/no-go gates as code: at given global steps a measure decides whether a run goes on, goes on with a warning, or stops.
+
+What was decided is kept in `WORKDIR/gates.json`, so that a stopped run that is started again stops again, until it is told not to.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+
+def verdict(perplexity: float, go: float, stop: float) -> str:
+    """ "go" below `go`, "stop" above `stop` (or for NaN), "caution" between."""
+    if perplexity < go:
+        return "go"
+    return "caution" if perplexity <= stop else "stop"
+
+
+def thresholds(gates: Sequence[tuple[int, float, float]], step: int) -> tuple[float, float] | None:
+    """(go, stop) of the gate at a step, or None where there is none."""
+    return next(((go, stop) for at, go, stop in gates if at == step), None)
+
+
+def read(workdir: pathlib.Path) -> dict[str, str]:
+    """Step (as text) -> verdict, of the gates that this workdir has met."""
+    path = workdir / "gates.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def record(workdir: pathlib.Path, step: int, decided: str) -> None:
+    temporary = workdir / "gates.json.tmp"
+    temporary.write_text(json.dumps(read(workdir) | {str(step): decided}, indent=1) + "\n")
+    os.replace(temporary, workdir / "gates.json")

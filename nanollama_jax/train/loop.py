@@ -1,0 +1,361 @@
+"""The training loop: one stage of a curriculum, from wherever it stands to its last step. It reads as one page, in named sections;
+the functions below it are its paragraphs.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import importlib.metadata
+import json
+import pathlib
+import signal
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from nanollama_jax import checkpoint, sharding
+from nanollama_jax.data import pipeline
+from nanollama_jax.errors import BadInput, RunStopped
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.train import gates, metrics, objectives, optimizer
+from nanollama_jax.train import step as steps
+from nanollama_jax.train.metrics import log
+from nanollama_jax.train.settle import settle
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    step: int
+    finished: bool  # False: stopped by a signal, after a checkpoint
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
+    """Trains one stage. Raises BadInput before anything is allocated if something is wrong, RunStopped when a gate says so."""
+    with contextlib.ExitStack() as cleanup:
+        # ---- Settle the config and the workdir
+        model = settle(config)
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        is_main = jax.process_index() == 0
+        if is_main:
+            cleanup.enter_context(lock(workdir))
+            (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+        metrics.set_up_logging(workdir, is_main)
+
+        # ---- Build the mesh
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        cleanup.enter_context(sharding.use_mesh(mesh))
+
+        # ---- Open the data
+        tokenizer = Tokenizer(config.tokenizer.path)
+        if tokenizer.vocab_size != model.vocab_size:
+            raise BadInput(f"{config.tokenizer.path} has {tokenizer.vocab_size} pieces and model.vocab_size={model.vocab_size}: make them agree")
+        validated = config.data.validation or tuple(config.data.sources)
+        sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in dict.fromkeys((*config.data.sources, *validated))}
+        packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
+        # The seed differs between stages, so that two with the same sources do not start with the same documents.
+        data_seed = config.seed + 1_000_003 * config.start_step
+        train_data = pipeline.train_batches(sources, dict(config.data.sources), tokenizer, batch_size=config.batch_size, seed=data_seed, **packing)
+        batches = iter(train_data)
+        cleanup.callback(batches.close)
+        validation_data = {
+            name: pipeline.validation_batches(
+                sources[name], tokenizer, batch_size=config.batch_size // config.accumulation,
+                max_rows=max(1, config.validation.tokens // config.seq_len), **packing,
+            )
+            for name in validated
+        }  # fmt: skip
+
+        # ---- Shape the state (nothing is allocated yet)
+        adamw = optimizer.make_optimizer(**{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")})
+        learning_rate = functools.partial(optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule)
+        rope_theta = functools.partial(
+            optimizer.rope_theta_schedule, start_theta=config.rope.start_theta, end_theta=config.rope.end_theta,
+            start_step=config.start_step, end_step=config.end_step, kind=config.rope.schedule,
+        )  # fmt: skip
+        make_state, shapes, shardings = steps.init_state(model, adamw, mesh, config.seed)
+
+        # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
+        about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: sources[k] for k in config.data.sources})}
+        origin, origin_step = find_origin(config, workdir, model, about_data)
+        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        cleanup.callback(checkpoints.close)
+        if origin is None:
+            state = make_state()
+        elif origin == workdir:
+            state, position = checkpoints.restore(origin_step, shapes, shardings)
+            batches.set_state(position)
+        else:
+            with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
+                state, _ = other.restore(origin_step, shapes, shardings)
+        step = first_step = int(state.step)
+        whence = "from scratch" if origin is None else f"{'resumed ' if origin == workdir else ''}from {origin} at step {step}"
+        log.info("%s: weights %s", config.name, whence)
+        devices = mesh.devices.flatten()
+        log.info(
+            "%s: %s parameters, %s attention, %s, remat %s, on %d %s (data=%d, fsdp=%d)", config.name, f"{model.num_params:,}", model.attention,
+            model.dtype, model.remat, len(devices), devices[0].device_kind, *mesh.devices.shape,
+        )  # fmt: skip
+
+        # ---- Compile
+        started = time.monotonic()
+        objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
+        update = functools.partial(
+            steps.train_step,
+            objective=objective,
+            optimizer=adamw,
+            learning_rate=learning_rate,
+            rope_theta=rope_theta,
+            accumulation=config.accumulation,
+        )
+        update = jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)))
+        update = update.lower(shapes, batch_shapes(config, mesh)).compile()
+        measure = jax.jit(functools.partial(steps.validation_step, objective=objective), out_shardings=sharding.replicated(mesh))
+        log.info("%s: compiled in %.1f s", config.name, time.monotonic() - started)
+
+        # ---- Train: metrics are fetched one step late, so that the device never waits for the host
+        reporter = metrics.Reporter(
+            config, workdir, step=step, flops_per_token=model.flops_per_token(config.seq_len),
+            device_kind=devices[0].device_kind, devices=len(devices), is_main=is_main,
+        )  # fmt: skip
+        cleanup.callback(reporter.close)
+        stop_requested = cleanup.enter_context(stop_signals())
+        meter = Meter(reporter)
+
+        def validate() -> float:
+            theta = np.float32(rope_theta(step))
+            perplexity = {name: measure_perplexity(measure, state.params, theta, data, mesh) for name, data in validation_data.items()}
+            # The stage's own perplexity is that of its mix: mean loss weighted by share of the rows
+            shares = {name: share / sum(config.data.sources.values()) for name, share in config.data.sources.items() if name in perplexity}
+            perplexity["all"] = float(np.exp(sum(share * np.log(perplexity[name]) for name, share in shares.items()) / sum(shares.values())))
+            reporter.validation(step, perplexity)
+            return perplexity["all"]
+
+        def save() -> None:
+            about = describe(config, model, step, float(rope_theta(step)), about_data)
+            checkpoints.save(step, state, batches.get_state(), about, tokenizer.model_bytes)
+
+        def pass_gate(perplexity: float | None) -> None:
+            limits = gates.thresholds(config.gates.perplexity, step)
+            if limits is None or gates.read(workdir).get(str(step)) in ("go", "caution"):
+                return
+            perplexity = validate() if perplexity is None else perplexity
+            decided = gates.verdict(perplexity, *limits)
+            if is_main:
+                gates.record(workdir, step, decided)
+            text = f"gate at step {step}: validation perplexity {perplexity:.2f} (go below {limits[0]:g}, stop above {limits[1]:g}): {decided}"
+            log.log({"go": 20, "caution": 30, "stop": 40}[decided], "%s", text)
+            if decided == "stop" and config.gates.enforce:
+                checkpoints.wait()
+                raise RunStopped(f"{text}. The run is saved; to go on all the same, run it again with --config.gates.enforce=False")
+
+        if step == 0:
+            validate()
+        pass_gate(None)
+        meter.restart()
+        while step < config.end_step:
+            with meter.waiting_for_data():
+                batch = next(batches)
+            if step == first_step:
+                log.info("%s: first row: %s", config.name, show_row(batch, tokenizer))
+            state, step_metrics = update(state, sharding.put_batch(batch, mesh))
+            step += 1
+            merged = pipeline.merged_documents(batch, tokenizer.bos_id)
+            meter.take(step, step_metrics, {"batch_crc32": zlib.crc32(batch["tokens"]), "merged_documents": merged})
+
+            stop = stop_requested(step % config.log_every == 0)
+            at_gate = gates.thresholds(config.gates.perplexity, step) is not None
+            to_validate = step % config.validation.every == 0 or step == config.end_step or at_gate
+            to_save = step % config.checkpoint.every == 0 or step == config.end_step or at_gate or stop
+            if to_validate or to_save:
+                meter.flush()
+                if to_save:
+                    save()
+                perplexity = validate() if to_validate and not stop else None
+                if perplexity is not None:
+                    pass_gate(perplexity)
+                meter.restart()
+            if stop:
+                break
+
+        # ---- Close: what is reported saved is whole on disk
+        meter.flush()
+        checkpoints.wait()
+        saved = checkpoints.latest_step()
+        if step < config.end_step:
+            log.warning("%s: stopped by a signal at step %d and saved; run the same command to go on", config.name, saved)
+        else:
+            log.info("%s: finished at step %d and saved in %s", config.name, saved, checkpoints.directory / f"step_{saved}")
+        return Outcome(step=step, finished=step >= config.end_step)
+
+
+class Meter:
+    """Fetches each step's metrics after the next one is dispatched, times them, and watches for updates that stay non-finite."""
+
+    def __init__(self, reporter: metrics.Reporter):
+        self._reporter = reporter
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, int], float] | None = None
+        self._data_seconds = 0.0
+        self._skipped_in_a_row, self._warned = 0, False
+        self.restart()
+
+    def restart(self) -> None:
+        """The clock starts again: validation and saving are not part of a step."""
+        self._last = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._data_seconds = time.monotonic() - started
+
+    def take(self, step: int, step_metrics: dict[str, jax.Array], of_batch: dict[str, int]) -> None:
+        pending, self._pending = self._pending, (step, step_metrics, of_batch, self._data_seconds)
+        self._report(pending)
+
+    def flush(self) -> None:
+        pending, self._pending = self._pending, None
+        self._report(pending)
+
+    def _report(self, pending) -> None:
+        if pending is None:
+            return
+        step, step_metrics, of_batch, data_seconds = pending
+        values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}  # waits for the device
+        now = time.monotonic()
+        self._reporter.step(step, values | of_batch, seconds=now - self._last, data_seconds=data_seconds)
+        self._last = now
+        if of_batch["merged_documents"] and not self._warned:
+            log.warning("step %d: %d documents share a segment with another: raise data.max_segments", step, of_batch["merged_documents"])
+            self._warned = True
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["update_skipped"] else 0
+        if self._skipped_in_a_row:
+            log.warning("step %d: loss or gradient is not finite; its update was skipped", step)
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise RunStopped(
+                f"{MAX_SKIPPED_IN_A_ROW} updates in a row up to step {step} were not finite: lower optimizer.peak_lr, or look at the data"
+            )
+
+
+def measure_perplexity(measure: Callable, params: Any, rope_theta: np.float32, batches: list[pipeline.Batch], mesh) -> float:
+    ce = weight = 0.0
+    for batch in batches:
+        batch_ce, batch_weight = jax.device_get(measure(params, sharding.put_batch(batch, mesh), rope_theta))
+        ce, weight = ce + float(batch_ce), weight + float(batch_weight)
+    return float(np.exp(ce / weight))
+
+
+def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, about_data: dict[str, str]) -> tuple[pathlib.Path | None, int]:
+    """The workdir and step to start from: the run's own latest checkpoint, else that of `config.init_from`, else (None, 0)."""
+    if found := checkpoint.find(workdir):
+        check_same(*found, model, about_data)
+        return found
+    if config.init_from:
+        found = checkpoint.find(config.init_from)
+        if found is None:
+            raise BadInput(f"init_from={config.init_from}: there is no checkpoint; name a workdir that has one")
+        if found[1] != config.start_step:
+            raise BadInput(
+                f"init_from={config.init_from} stands at step {found[1]} and {config.name} starts at {config.start_step}: train it to there"
+            )
+        check_same(*found, model, {"tokenizer_sha256": about_data["tokenizer_sha256"]})
+        return found
+    if config.start_step:
+        raise BadInput(f"{config.name} starts at step {config.start_step}: say from which run, as --config.init_from=WORKDIR")
+    return None, 0
+
+
+def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data: dict[str, str]) -> None:
+    """Refuses to go on with a checkpoint of another model, tokenizer or data set."""
+    metadata, ours = checkpoint.read_metadata(workdir, step), dataclasses.asdict(model)
+    shape = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps", "scan_layers")
+    differing = [f"{k}={metadata['model'][k]} (config: {ours[k]})" for k in shape if metadata["model"][k] != ours[k]]
+    if differing:
+        raise BadInput(f"the checkpoint in {workdir} has another model, {', '.join(differing)}: choose another --workdir, or that model")
+    for key, value in about_data.items():
+        if metadata[key] != value:
+            what = {"tokenizer_sha256": "tokenizer", "data_sha256": "data"}[key]
+            raise BadInput(f"the checkpoint in {workdir} was made with another {what}: choose another --workdir, or the {what} of before")
+
+
+def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:
+    """The metadata of a checkpoint."""
+    return {
+        "phase": config.name,
+        "step": step,
+        "tokens_seen": step * config.tokens_per_step,
+        "model": dataclasses.asdict(model),
+        "rope_theta": rope_theta,
+        **about_data,
+        "git_commit": git_commit(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece")},
+        "config": json.loads(config.to_json_best_effort()),
+    }
+
+
+@functools.cache
+def git_commit() -> str:
+    here = pathlib.Path(__file__).parent
+    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown: not a git checkout"
+
+
+def batch_shapes(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    dtypes = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+    shape = (config.batch_size, config.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh)) for name, dtype in dtypes.items()}
+
+
+def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
+    """The beginnings of the first documents of a row, decoded, control characters escaped: what the model is fed."""
+    tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
+    shown = [tokenizer.decode(tokens[segments == i].tolist())[:characters] for i in range(1, min(documents, segments.max()) + 1)]
+    return f"{segments.max()} segment(s): " + " | ".join(repr(text) for text in shown)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+    """Two runs in one workdir would overwrite each other's checkpoints. The lock goes with the process, however it ends."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another run is at work in {workdir}: wait for it, or choose another --workdir") from None
+        yield
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[bool], bool]]:
+    """Inside, SIGTERM and SIGINT only set a flag (a second SIGINT interrupts at once). Gives a function that says whether to stop; with several
+    processes they must all stop after the same step, so it asks the others, and only when its argument is true, the same on all."""
+    received = False
+
+    def on_signal(number, frame):
+        nonlocal received
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received = True
+        log.warning("received %s: will save and stop after this step", signal.Signals(number).name)
+
+    def stop_requested(ask_others: bool) -> bool:
+        if jax.process_count() == 1:
+            return received
+        return ask_others and bool(np.any(multihost_utils.process_allgather(np.array(received))))
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop_requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,59 @@
+"""Everything about a config that can be wrong, found before anything is allocated, each in one line that says what to change."""
+
+import jax
+from ml_collections import ConfigDict
+
+from nanollama_jax.errors import BadInput
+from nanollama_jax.model import ModelConfig
+
+
+def settle(config: ConfigDict) -> ModelConfig:
+    """The model's config, with `auto` settled for this machine. Raises BadInput."""
+    c, devices = config, jax.device_count()
+    if c.batch_size * c.seq_len != c.tokens_per_step:
+        raise BadInput(
+            f"batch_size={c.batch_size} x seq_len={c.seq_len} is {c.batch_size * c.seq_len} tokens and tokens_per_step={c.tokens_per_step}: "
+            "change one, so that they agree"
+        )
+    if c.accumulation < 1 or c.batch_size % (devices * c.accumulation):
+        raise BadInput(
+            f"batch_size={c.batch_size} cannot be split over {devices} device(s) x accumulation={c.accumulation}: "
+            f"make it a multiple of {devices * max(1, c.accumulation)}, or lower accumulation"
+        )
+    fsdp = c.mesh.fsdp if c.mesh.fsdp != -1 else devices // max(1, c.mesh.data)
+    if fsdp > 0 and c.model.d_model % fsdp:
+        raise BadInput(
+            f"model.d_model={c.model.d_model} cannot be split over {fsdp} devices (mesh.fsdp): choose mesh.data and mesh.fsdp so that it can"
+        )
+    if not 0 <= c.start_step < c.end_step:
+        raise BadInput(f"start_step={c.start_step} and end_step={c.end_step}: a stage must end after it starts")
+    schedule = c.schedule
+    if not schedule.warmup_steps <= schedule.decay_start <= schedule.total_steps or c.end_step > schedule.total_steps:
+        raise BadInput(
+            f"schedule: warmup_steps={schedule.warmup_steps} <= decay_start={schedule.decay_start} <= total_steps={schedule.total_steps} "
+            f"and end_step={c.end_step} <= total_steps must hold"
+        )
+    if c.rope.schedule not in ("ramp", "jump"):
+        raise BadInput(f"rope.schedule={c.rope.schedule!r} is unknown: choose ramp or jump")
+    if not c.data.sources:
+        raise BadInput("data.sources is empty: name at least one prepared corpus and its share, as --config.data.sources.NAME=1.0")
+    if c.data.max_segments < 1:
+        raise BadInput(f"data.max_segments={c.data.max_segments}: a row holds at least one document")
+    for name in ("log_every", "validation.every", "validation.tokens", "checkpoint.every", "checkpoint.keep_last", "loss.chunk_tokens"):
+        value = c
+        for part in name.split("."):
+            value = value[part]
+        if value < 1:
+            raise BadInput(f"{name}={value} must be at least 1")
+    if c.wandb.mode not in ("online", "offline", "disabled"):
+        raise BadInput(f"wandb.mode={c.wandb.mode!r} is unknown: choose online, offline or disabled")
+
+    model = dict(c.model)
+    on_gpu = jax.default_backend() == "gpu"
+    if model["dtype"] == "auto":
+        model["dtype"] = "bfloat16" if on_gpu else "float32"
+    if model["dtype"] not in ("float32", "bfloat16"):
+        raise BadInput(f"model.dtype={model['dtype']!r} is unknown: choose auto, float32 or bfloat16")
+    if model["attention"] == "auto":
+        model["attention"] = "cudnn" if on_gpu and not model["document_mask"] else "xla"
+    return ModelConfig(**model)

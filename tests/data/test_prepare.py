@@ -1,0 +1,328 @@
+import hashlib
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+from array_record.python.array_record_module import ArrayRecordReader
+from ml_collections import ConfigDict
+
+from nanollama_jax import tokenizer
+from nanollama_jax.data import prepare
+from nanollama_jax.errors import BadInput
+
+WORDS = ["the", "model", "reads", "a", "document", "and", "learns", "to", "predict", "what", "follows.\n\n", "   return", "value", "==", "None\n"]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    generator = random.Random(0)
+    lengths = [generator.randint(5, 400) for _ in range(400)] + [30_000]  # the last is longer than a shard
+    return [" ".join(generator.choice(WORDS) for _ in range(length)) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def corpus(texts, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(texts, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    tokenizer.train(texts, path, vocab_size=300, max_bytes=10**9)
+    return path
+
+
+def run(corpus, model, out_dir, **changes):
+    arguments = dict(validation_fraction=0.1, tasks=3, workers=2, shard_tokens=20_000) | changes
+    return prepare.prepare_source("corpus", f"file://{corpus}", "CC0", out_dir, model, **arguments)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, model, tmp_path_factory) -> pathlib.Path:
+    out_dir = tmp_path_factory.mktemp("prepared") / "corpus"
+    run(corpus, model, out_dir)
+    return out_dir
+
+
+def contents(directory) -> dict[str, str]:
+    """sha256 of all that a reader uses: not the logs."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path(directory).iterdir() if path.is_file()}
+
+
+def read_ids(path, manifest) -> list[list[int]]:
+    return [np.frombuffer(record, manifest["dtype"]).tolist() for record in ArrayRecordReader(str(path)).read_all()]
+
+
+def test_the_shards_hold_exactly_sentencepieces_ids(prepared, texts, model):
+    manifest = prepare.load_manifest(prepared)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    expected = {text: processor.encode(text) for text in texts}
+    found = {split: [] for split in prepare.SPLITS}
+    for split in prepare.SPLITS:
+        for path, shard in zip(prepare.split_shards(prepared, manifest, split), manifest["splits"][split]["shards"], strict=True):
+            documents = read_ids(path, manifest)
+            assert (shard["documents"], shard["tokens"]) == (len(documents), sum(map(len, documents)))
+            assert shard["bytes"] == sum(len(processor.decode(ids).encode()) for ids in documents)
+            assert shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert ArrayRecordReader(str(path)).writer_options_string().startswith("group_size:1,")
+            found[split] += documents
+        totals = manifest["splits"][split]
+        assert totals["documents"] == len(found[split]) and totals["tokens"] == sum(map(len, found[split]))
+    assert sorted(found["train"] + found["validation"]) == sorted(expected.values())
+    assert 0.05 < len(found["validation"]) / len(texts) < 0.15
+    assert manifest["dtype"] == "uint16" and manifest["vocab_size"] == 300
+    assert manifest["tokenizer_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+def test_shards_roll_over_and_a_longer_document_has_one_to_itself(prepared):
+    splits = prepare.load_manifest(prepared)["splits"]
+    assert len(splits["train"]["shards"]) > 3
+    shards = splits["train"]["shards"] + splits["validation"]["shards"]
+    assert [shard["documents"] for shard in shards if shard["tokens"] > 20_000] == [1]
+    assert {shard["file"] for shard in shards} == {path.name for path in prepared.iterdir()} - {"manifest.json", "logs"}
+
+
+def test_the_number_of_workers_does_not_matter(corpus, model, prepared, tmp_path):
+    run(corpus, model, tmp_path / "one", workers=1)
+    assert contents(tmp_path / "one") == contents(prepared)
+
+
+def test_the_same_text_is_always_on_the_same_side(corpus, model, tmp_path):
+    (tmp_path / "twice.jsonl").write_text(corpus.read_text() * 2)
+    manifest = run(tmp_path / "twice.jsonl", model, tmp_path / "out", tasks=2)
+    sides = {split: [] for split in prepare.SPLITS}
+    for split in prepare.SPLITS:
+        for path in prepare.split_shards(tmp_path / "out", manifest, split):
+            sides[split] += map(tuple, read_ids(path, manifest))
+    assert not set(sides["train"]) & set(sides["validation"])
+    assert all(side.count(ids) == 2 for side in sides.values() for ids in set(side))
+
+
+def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    start = time.monotonic()
+    assert run(corpus, model, prepared, workers=1) == prepare.load_manifest(prepared)
+    assert time.monotonic() - start < 1, "a worker was started"
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+
+
+SCRIPT = """
+import sys
+from nanollama_jax.data import prepare
+from nanollama_jax.errors import one_line_errors
+if __name__ == "__main__":
+    corpus, model, out_dir = sys.argv[1:]
+    with one_line_errors():
+        prepare.prepare_source("corpus", "file://" + corpus, "CC0", out_dir, model, validation_fraction=0.1, tasks=6, workers=2, shard_tokens=20_000)
+"""
+
+
+@pytest.fixture(scope="module")
+def big_corpus(texts, tmp_path_factory) -> pathlib.Path:
+    """Some seconds' work, so that there is something to kill."""
+    path = tmp_path_factory.mktemp("big") / "big.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(8) for text in texts))
+    return path
+
+
+def start(script, *arguments, **options) -> subprocess.Popen:
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bytes(big_corpus, model, tmp_path):
+    assert start(tmp_path / "run.py", big_corpus, model, tmp_path / "undisturbed").wait() == 0
+    killed = tmp_path / "killed"
+    for sign in ("train-*.array_record", "logs/completions/*"):
+        process = start(tmp_path / "run.py", big_corpus, model, killed)
+        seen = len(list(killed.glob(sign)))
+        while len(list(killed.glob(sign))) <= seen:
+            assert process.poll() is None, "finished before it could be killed"
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (killed / "manifest.json").exists()
+    finished = {path: path.stat().st_mtime_ns for rank in _finished_ranks(killed) for path in killed.glob(f"*-{rank}-*")}
+    assert finished
+    assert start(tmp_path / "run.py", big_corpus, model, killed).wait() == 0
+    assert contents(killed) == contents(tmp_path / "undisturbed")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished rank was done again"
+
+
+def _finished_ranks(directory) -> list[str]:
+    return [path.name for path in (directory / "logs/completions").iterdir()]
+
+
+def test_workers_die_with_a_killed_parent(big_corpus, model, tmp_path):
+    process = start(tmp_path / "run.py", big_corpus, model, tmp_path / "out")
+    while not list((tmp_path / "out").glob("*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    workers = _children(process.pid)
+    assert workers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline, "a worker lives on and would write into its successor's shards"
+        time.sleep(0.01)
+
+
+def test_a_killed_worker_is_one_line_and_not_a_hang(big_corpus, model, tmp_path):
+    process = start(tmp_path / "run.py", big_corpus, model, tmp_path / "out")
+    while not list((tmp_path / "out").glob("*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "was killed (out of memory?): run the same command" in stderr and stderr.count("\n") == 1, stderr
+
+
+def _children(pid: int) -> list[int]:
+    """Workers, in order of birth; multiprocessing's resource tracker is none."""
+    children = [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in children if "resource_tracker" not in pathlib.Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_a_full_disk_is_one_line(corpus, model, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    process = start(tmp_path / "run.py", corpus, model, tmp_path / "out", preexec_fn=limit)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot be written" in stderr and "is the disk full?" in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, model, tmp_path):
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    lines[301] = b'{"text": "\xff"}\n'  # line 302, the second of two ranks'
+    bad.write_bytes(b"".join(lines))
+    with pytest.raises(BadInput, match=r"bad\.jsonl:302: invalid UTF-8"):
+        run(bad, model, out, tasks=2, workers=1)
+    assert _finished_ranks(out) == ["00000"]
+    assert "invalid UTF-8" in (out / "logs/logs/task_00001.log").read_text()
+    first_rank = {path: path.stat().st_mtime_ns for path in out.glob("*-00000-*")}
+    assert first_rank
+    lines[301] = b'{"text": "mended"}\n'
+    bad.write_bytes(b"".join(lines))
+    run(bad, model, out, tasks=2, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in first_rank} == first_rank
+
+
+def test_nothing_but_the_error_is_printed(model, tmp_path):
+    (tmp_path / "nul.jsonl").write_text('{"text": "a\\u0000b"}\n')
+    _, stderr = start(tmp_path / "run.py", tmp_path / "nul.jsonl", model, tmp_path / "out").communicate(timeout=60)
+    assert stderr == f"error: {tmp_path}/nul.jsonl:1: the text holds a NUL byte: is it really text?\n"
+
+
+@pytest.mark.parametrize("changes", [dict(validation_fraction=0.2), dict(tasks=4), dict(shard_tokens=30_000)])
+def test_an_unfinished_directory_of_other_settings_is_refused(corpus, model, prepared, tmp_path, changes):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/inputs.json").write_bytes((prepared / "logs/inputs.json").read_bytes())
+    with pytest.raises(BadInput, match=rf"prepared with {next(iter(changes))}=.*: remove it, or choose another data\.dir"):
+        run(corpus, model, tmp_path, **changes)
+
+
+def test_a_finished_directory_of_something_else_is_refused(corpus, model, prepared, texts, tmp_path):
+    tokenizer.train(texts, tmp_path / "other.model", vocab_size=310, max_bytes=10**9)
+    with pytest.raises(BadInput, match="prepared with tokenizer_sha256="):
+        run(corpus, tmp_path / "other.model", prepared)
+    with pytest.raises(BadInput, match="prepared with url="):
+        run(f"{corpus}?text=text", model, prepared)
+    with pytest.raises(BadInput, match=r"prepared with validation_fraction=0\.1, not 0\.3"):
+        run(corpus, model, prepared, validation_fraction=0.3)
+
+
+def test_a_damaged_shard_is_named(corpus, model, tmp_path):
+    manifest = run(corpus, model, tmp_path)
+    shard = prepare.split_shards(tmp_path, manifest, "train")[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    prepare.verify_shards(tmp_path, manifest)
+    with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
+        prepare.verify_shards(tmp_path, manifest, checksums=True)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(BadInput, match=f"{shard.name} has .* bytes where"):
+        run(corpus, model, tmp_path)
+    shard.unlink()
+    with pytest.raises(BadInput, match=f"{shard.name} is missing"):
+        prepare.verify_shards(tmp_path, manifest)
+
+
+def test_an_empty_source_is_refused(model, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": "  "}\n')
+    with pytest.raises(BadInput, match="has no documents"):
+        run(tmp_path / "empty.jsonl", model, tmp_path / "out")
+    with pytest.raises(BadInput, match="is not prepared: run python tools/prepare_data.py"):
+        prepare.load_manifest(tmp_path / "out")
+
+
+def test_a_vocabulary_over_16_bits_is_stored_in_32():
+    assert prepare._dtype(65_536) == "uint16" and prepare._dtype(65_537) == "uint32"
+
+
+def test_a_tokenizers_sample_takes_equal_shares_and_no_more(tmp_path):
+    for name, unit in (("a", "a "), ("b", "b ")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": unit * 500}) + "\n" for _ in range(1000)))
+    with open(tmp_path / "b.jsonl", "ab") as file:
+        file.write(b"malformed, but past what is read")
+    samples = {name: list(prepare._sample(f"file://{tmp_path}/{name}.jsonl", 50_500)) for name in "ab"}
+    for name, sample in samples.items():
+        assert sum(map(len, sample)) == 50_500 and set("".join(sample)) == {name, " "}
+    (tmp_path / "short.txt").write_text("żółw" * 10)
+    assert list(prepare._sample(f"file://{tmp_path}/short.txt", 10**6)) == ["żółw" * 10]
+    assert list(prepare._sample(f"file://{tmp_path}/short.txt", 8)) == ["żółw"]
+    assert list(prepare._sample(f"file://{tmp_path}/short.txt", 7)) == ["żółw"]
+
+
+@pytest.fixture
+def config(corpus, tmp_path) -> ConfigDict:
+    return ConfigDict(
+        {
+            "tokenizer": {"path": str(tmp_path / "t.model"), "vocab_size": 300, "training_bytes": 100_000, "sources": ("one", "two")},
+            "corpora": {name: {"url": f"file://{corpus}", "licence": "CC0"} for name in ("one", "two")},
+            "data": {"dir": str(tmp_path / "data"), "validation_fraction": 0.1, "prepare_tasks": 2},
+        }
+    )
+
+
+def test_prepare_all_trains_prepares_and_is_done(config, capsys):
+    prepare.prepare_all(config)
+    first = capsys.readouterr().out
+    assert "training" in first and "bytes per token" in first
+    for name in ("one", "two"):
+        manifest = prepare.load_manifest(f"{config.data.dir}/{name}")
+        assert manifest["name"] == name and manifest["licence"] == "CC0"
+    prepare.prepare_all(config)
+    assert capsys.readouterr().out == f"{config.data.dir}: already prepared: one, two\n"
+
+
+def test_prepare_all_refuses_a_tokenizer_that_does_not_fit(config, model):
+    config.tokenizer.sources = ("three",)
+    with pytest.raises(BadInput, match="is missing, and three, .* is not in this config's corpora"):
+        prepare.prepare_all(config)
+    config.tokenizer.path = str(model)
+    config.tokenizer.vocab_size = 4096
+    with pytest.raises(BadInput, match="has 300 pieces and tokenizer.vocab_size is 4,096"):
+        prepare.prepare_all(config)
+
+
+def test_nothing_heavy_is_imported():
+    script = "import sys; from nanollama_jax.data import prepare; print({'jax', 'flax', 'tensorflow', 'torch', 'datasets'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert result.stdout == "set()\n"

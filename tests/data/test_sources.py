@@ -1,0 +1,191 @@
+import gzip
+import itertools
+import json
+import lzma
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanollama_jax.data.sources import read_documents
+from nanollama_jax.errors import BadInput
+
+TEXTS = [f"document {i}\nzażółć 漢字 🙂 " + "x" * i for i in range(50)]
+LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+
+
+def write_all_formats(folder):
+    (folder / "a.jsonl").write_bytes(LINES)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (folder / "a.jsonl.xz").write_bytes(lzma.compress(LINES))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(LINES))
+    pa.parquet.write_table(pa.table({"id": list(range(50)), "text": TEXTS}), folder / "a.parquet", row_group_size=7)
+    for i, text in enumerate(TEXTS):
+        (folder / f"{i:03d}.txt").write_text(text)
+
+
+def read_texts(url, rank=0, world_size=1):
+    return [document.text for document in read_documents(url, rank, world_size)]
+
+
+def read_error(url) -> str:
+    with pytest.raises(BadInput) as error:
+        list(read_documents(url, 0, 1))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet", "*.txt"])
+def test_every_format_gives_the_same_documents_whatever_the_number_of_ranks(tmp_path, pattern):
+    write_all_formats(tmp_path)
+    url = f"file://{tmp_path}/{pattern}"
+    assert read_texts(url) == TEXTS
+    ids = {document.id: document.text for document in read_documents(url, 0, 1)}
+    assert len(ids) == 50
+    for world_size in (3, 49, 64):
+        ranks = [list(read_documents(url, rank, world_size)) for rank in range(world_size)]
+        assert {document.id: document.text for rank in ranks for document in rank} == ids
+        assert sum(map(len, ranks)) == 50
+        assert max(map(len, ranks)) <= -(-50 // world_size) + 1, "one rank does the work of others"
+
+
+def test_files_are_dealt_whole_where_there_are_enough(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jsonl").write_text(f'{{"text": "{i}a"}}\n{{"text": "{i}b"}}\n')
+    assert read_texts(f"file://{tmp_path}/*.jsonl", 1, 2) == ["1a", "1b", "3a", "3b"]
+    assert [document.id for document in read_documents(f"file://{tmp_path}/*.jsonl", 3, 4)] == [f"{tmp_path}/3.jsonl:1", f"{tmp_path}/3.jsonl:2"]
+
+
+def test_relative_paths_question_marks_and_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part-1.jsonl").write_text('{"body": "one"}\n')
+    (tmp_path / "part-2.jsonl").write_text('{"body": "two"}\n')
+    assert read_texts("file://part-?.jsonl?text=body") == ["one", "two"]
+    assert read_texts("file://./part-1.jsonl?text=body") == ["one"]
+    assert "no field 'text': choose one of body" in read_error("file://part-1.jsonl")
+    assert "unknown option 'txt'" in read_error("file://part-1.jsonl?txt=body")
+
+
+def test_documents_without_visible_text_are_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n{"text": " \\n\\t"}\n{"text": "x"}\n')
+    assert [(d.id, d.text) for d in read_documents(f"file://{tmp_path}/a.jsonl", 0, 1)] == [(f"{tmp_path}/a.jsonl:4", "x")]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"text": "\xff\xfe"}', "a.jsonl:2: invalid UTF-8"),
+        (b'{"text": "a\\u0000b"}', "a.jsonl:2: .*NUL"),
+        (b'{"text": "\\ud800"}', "a.jsonl:2: half a surrogate pair"),
+        (b'{"text": "cut o', "a.jsonl:2: malformed JSON: .* at column 10"),
+        (b'["text"]', "a.jsonl:2: .*not a list"),
+        (b'{"title": "t", "body": "b"}', "a.jsonl:2: no field 'text': choose one of title, body"),
+        (b'{"text": null}', "a.jsonl:2: .*NoneType"),
+        (b'{"text": ["a"]}', "a.jsonl:2: .*list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
+    with pytest.raises(BadInput, match=complaint):
+        read_texts(f"file://{tmp_path}/a.jsonl")
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1), min_size=1), ascii_only=st.booleans())
+def test_any_text_comes_back_from_jsonl(tmp_path_factory, texts, ascii_only):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=ascii_only) + "\n" for text in texts), encoding="utf-8", newline="")
+    assert read_texts(f"file://{path}") == [text for text in texts if text.strip()]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
+@pytest.mark.parametrize("kept", [0.5, 0.999])
+def test_a_truncated_compressed_file_is_named(tmp_path, suffix, kept):
+    write_all_formats(tmp_path)
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    assert f"a.jsonl.{suffix} cannot be read to its end" in read_error(f"file://{path}")
+
+
+def test_damage_is_found_in_every_other_format(tmp_path):
+    write_all_formats(tmp_path)
+    parquet = tmp_path / "a.parquet"
+    parquet.write_bytes(parquet.read_bytes()[:-100])
+    assert "a.parquet is damaged" in read_error(f"file://{parquet}")
+    (tmp_path / "bad.txt").write_bytes(b"fine\nfine\nbad \xff\n")
+    assert "bad.txt:3: invalid UTF-8" in read_error(f"file://{tmp_path}/bad.txt")
+    (tmp_path / "nul.txt").write_bytes(b"a\0b")
+    assert "nul.txt: the text holds a NUL" in read_error(f"file://{tmp_path}/nul.txt")
+    (tmp_path / "garbage.jsonl.xz").write_bytes(b"not xz at all")
+    assert "garbage.jsonl.xz cannot be read" in read_error(f"file://{tmp_path}/garbage.jsonl.xz")
+
+
+def test_a_url_that_reads_nothing_says_why(tmp_path):
+    assert "no file matches" in read_error(f"file://{tmp_path}/absent.jsonl")
+    assert "it is a directory" in read_error(f"file://{tmp_path}")
+    assert "begin it with one of builtin://, file://, hf://, tfds://" in read_error("s3://bucket/key.jsonl")
+    assert "begin it with one of" in read_error(f"{tmp_path}/a.jsonl")
+    (tmp_path / "a.csv").write_text("a,b")
+    assert "unknown file extension: there are .txt, .jsonl" in read_error(f"file://{tmp_path}/a.csv")
+    pa.parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "b.parquet")
+    assert "no field 'text': choose one of body" in read_error(f"file://{tmp_path}/b.parquet")
+
+
+def test_a_local_folder_in_the_hubs_layout(tmp_path):
+    folder = tmp_path / "hub" / "data"
+    folder.mkdir(parents=True)
+    for shard in range(3):
+        table = pa.table({"content": TEXTS[shard::3], "license": ["mit"] * len(TEXTS[shard::3])})
+        pa.parquet.write_table(table, folder / f"train-{shard:05d}-of-00003.parquet")
+    url = f"hf://{tmp_path}/hub?split=train&text=content"
+    assert sorted(read_texts(url)) == sorted(TEXTS)
+    for world_size in (2, 5):
+        ranks = [list(read_documents(url, rank, world_size)) for rank in range(world_size)]
+        assert {d.id: d.text for rank in ranks for d in rank} == {d.id: d.text for d in read_documents(url, 0, 1)}
+        assert sum(map(len, ranks)) == 50 and min(map(len, ranks)) > 0
+    assert "no field 'text': choose one of content, license" in read_error(f"hf://{tmp_path}/hub")
+    assert "cannot be read" in read_error(f"hf://{tmp_path}/hub?split=test&text=content")
+    assert "is no folder" in read_error(f"hf://{tmp_path}/absent")
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path):
+    script = "from nanollama_jax.data.sources import read_documents\nfrom nanollama_jax.errors import one_line_errors\n"
+    script += "with one_line_errors(): next(read_documents('hf://OWNER/NAME', 0, 1))"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": "."}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "hf://OWNER/NAME cannot be read" in result.stderr and "set HF_TOKEN" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"book_text": tfds.features.Text(), "year": tfds.features.Text()}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, text in enumerate(TEXTS):
+                yield i, {"book_text": text, "year": "1900"}
+
+    Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    url = f"tfds://tiny?data_dir={tmp_path}&text=book_text"
+    assert sorted(read_texts(url)) == sorted(TEXTS)
+    assert sorted(itertools.chain(*(read_texts(url, rank, 4) for rank in range(4)))) == sorted(TEXTS)
+    assert "no field 'text': choose one of book_text, year" in read_error(f"tfds://tiny?data_dir={tmp_path}")
+    assert "cannot be read" in read_error(f"tfds://tiny?data_dir={tmp_path}&split=test")
+    assert "prepare it once with" in read_error(f"tfds://pg19?data_dir={tmp_path}")
+    assert "tensorflow" not in sys.modules

@@ -1,0 +1,90 @@
+"""A tiny curriculum of four stages, run as a user runs it: `python main.py ...` in a process of its own."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.train.metrics import read_rows
+from tests.conftest import ROOT
+
+MODEL = ["num_layers=2", "d_model=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "ffn_dim=64", "vocab_size=320"]
+STAGES = {"phase1": (0, 40, 32, 8), "phase2_8k": (40, 60, 64, 4), "phase2_16k": (60, 70, 128, 2), "phase3": (70, 80, 32, 8)}
+SOURCES = ("docs", "code", "reasoning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """Prepared data, and how to run main.py on it."""
+
+    root: pathlib.Path
+
+    def flags(self, recipe: str, workdir: pathlib.Path, *extra: str) -> list[str]:
+        """The command line of a tiny run of `curriculum` or of one stage."""
+        set_to = [f"model.{setting}" for setting in MODEL]
+        set_to += [f"data.dir={self.root}", f"tokenizer.path={self.root}/tokenizer.model", "data.validation_fraction=0.1", "data.prepare_tasks=2"]
+        set_to += [f"corpora.{name}.url=file://{self.root}/{name}.jsonl" for name in SOURCES]
+        set_to += ["schedule.total_steps=80", "schedule.decay_start=70", "schedule.warmup_steps=5", "validation.every=40", "validation.tokens=512"]
+        set_to += ["checkpoint.every=6", "gates.perplexity=()", "loss.chunk_tokens=128"]
+        for name, (start, end, seq_len, batch) in STAGES.items():
+            stage = dict(start_step=start, end_step=end, seq_len=seq_len, batch_size=batch, tokens_per_step=256)
+            at = f"stages.{name}." if recipe == "curriculum" else "" if recipe == name else None
+            set_to += [f"{at}{key}={value}" for key, value in stage.items()] if at is not None else []
+        flags = [
+            f"--config.{setting}" for setting in set_to if not any(setting.split("=")[0] == e.split("=")[0].removeprefix("--config.") for e in extra)
+        ]
+        return ["--config", f"configs/{recipe}.py:nano", "--workdir", str(workdir), *flags, *extra]
+
+    def start(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1) -> subprocess.Popen:
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.root / "jax_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "WANDB_MODE": "",
+        }
+        command = [sys.executable, "main.py", *self.flags(recipe, workdir, *extra)]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1, expect: int = 0) -> str:
+        """What it printed. Checks the exit status; a failure must be one line on stderr, without a traceback."""
+        process = self.start(recipe, workdir, *extra, devices=devices)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+        if expect:
+            assert err.startswith("error: ") and err.count("\n") == 1, err
+        return out + err
+
+
+def rows(workdir: pathlib.Path) -> dict[int, dict]:
+    """What each step logged, times left out."""
+    read = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in read] == sorted({row["step"] for row in read}), "a step is logged twice, or out of order"
+    return {row["step"]: {k: v for k, v in row.items() if "seconds" not in k} for row in read}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Lab:
+    root = tmp_path_factory.mktemp("lab")
+    rng = np.random.default_rng(0)
+    for name, alphabet in zip(SOURCES, ("abcdefgh ", "ijklmnop ", "0123456789 +="), strict=True):
+        texts = ["".join(rng.choice(list(alphabet), n, p=None)) * 3 for n in rng.integers(5, 400, 300)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    urls = {name: f"file://{root}/{name}.jsonl" for name in SOURCES}
+    train_tokenizer_for(list(urls.values()), root / "tokenizer.model", 320, 10**6)
+    for name, url in urls.items():
+        prepare_source(name, url, "none", root / name, root / "tokenizer.model", validation_fraction=0.1, tasks=2, workers=1)
+    return Lab(root)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(lab, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a whole curriculum that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    lab.run("curriculum", workdir)
+    return workdir

@@ -1,0 +1,124 @@
+"""Bad input ends in one clear line and a non-zero exit, and loses nothing: every mistake here is made on a real command line."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data.prepare import train_tokenizer_for
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.optimizer.peak_lrr=1", "peak_lrr"),
+        ("--config.optimizer.peak_lr=fast", "peak_lr"),
+        ("--config.batch_size=9", "tokens_per_step"),
+        ("--config.accumulation=3", "accumulation=3"),
+        ("--config.mesh.data=5", "mesh.data=5"),
+        ("--config.model.num_heads=3", "num_kv_heads"),
+        ("--config.data.sources.docs=0.0", "above 0"),
+        ("--config.rope.schedule=leap", "ramp or jump"),
+        ("--config.model.attention=cudnn", "model.document_mask=False"),
+        ("--config.model.vocab_size=512", "320 pieces"),
+        ("--config.end_step=500", "total_steps"),
+        ("--config.wandb.mode=maybe", "online, offline or disabled"),
+        ("--config.tokenizer.path=absent.model", "absent.model"),
+        ("--config.data.dir=absent", "tools/prepare_data.py"),
+        ("--config.init_from=absent", "no checkpoint"),
+        ("--config.start_step=10", "--config.init_from"),
+        ("--conifg.seed=1", "conifg"),
+    ],
+)
+def test_a_mistake_on_the_command_line(lab, tmp_path, flag, says):
+    assert says in lab.run("phase1", tmp_path / "run", flag, expect=2)
+    assert checkpoint.find(tmp_path / "run") is None
+
+
+def test_an_unknown_scale_and_a_missing_config(lab):
+    for config in ("configs/phase1.py:7b", "configs/absent.py"):
+        result = subprocess.run(["python", "main.py", "--config", config], capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_two_devices_cannot_split_an_odd_batch(lab, tmp_path):
+    flags = ["--config.batch_size=1", "--config.tokens_per_step=32"]
+    assert "cannot be split over 2 device(s)" in lab.run("phase1", tmp_path, *flags, devices=2, expect=2)
+
+
+def test_a_truncated_shard_is_named(lab, tmp_path):
+    shutil.copytree(lab.root / "docs", tmp_path / "docs")
+    shard = next((tmp_path / "docs").glob("train-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    flags = [f"--config.data.dir={tmp_path}", "--config.data.validation=('docs',)"]
+    assert shard.name in lab.run("phase1", tmp_path / "run", *flags, expect=2)
+
+
+def test_another_tokenizer_than_the_data_s(lab, tmp_path):
+    other = tmp_path / "other.model"
+    train_tokenizer_for([f"file://{lab.root}/docs.jsonl", f"file://{lab.root}/code.jsonl"], other, 320, 10**6)
+    assert "another tokenizer" in lab.run("phase1", tmp_path / "run", f"--config.tokenizer.path={other}", expect=2)
+
+
+def test_text_that_is_no_text_and_a_source_without_any(lab, tmp_path):
+    for name, content, says in (
+        ("latin1", b'{"text": "na\xefve"}\n', "UTF-8"),
+        ("nul", b'{"text": "a\\u0000b"}\n', "NUL"),
+        ("empty", b"", "no documents"),
+        ("broken", b'{"text": "a"\n', "JSON"),
+    ):
+        bad = tmp_path / f"{name}.jsonl"
+        bad.write_bytes(b'{"text": "good"}\n' * 3 * bool(content) + content)
+        flags = [f"--config.data.dir={tmp_path / name}", f"--config.corpora.docs.url=file://{bad}"]
+        said = lab.run("curriculum", tmp_path / "run", *flags, expect=2)
+        assert says in said and (name == "empty" or f"{bad.name}:4" in said), said
+    assert "absent" in lab.run(
+        "curriculum", tmp_path / "run", "--config.corpora.docs.url=file://absent/*.txt", f"--config.data.dir={tmp_path / 'd'}", expect=2
+    )
+
+
+def test_a_workdir_of_another_model_is_refused_and_kept(lab, undisturbed):
+    before = checkpoint.find(undisturbed / "phase1")
+    said = lab.run("phase1", undisturbed / "phase1", "--config.model.d_model=64", expect=2)
+    assert "d_model=32 (config: 64)" in said and checkpoint.find(undisturbed / "phase1") == before
+
+
+def test_a_stage_that_does_not_start_where_the_other_stands(lab, undisturbed, tmp_path):
+    said = lab.run("phase2_16k", tmp_path, f"--config.init_from={undisturbed / 'phase1'}", expect=2)
+    assert "stands at step 40 and phase2_16k starts at 60" in said
+
+
+def test_a_second_run_in_the_same_workdir(lab, tmp_path):
+    process = lab.start("phase1", tmp_path)
+    try:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert process.poll() is None
+        assert "another run is at work" in lab.run("phase1", tmp_path, expect=2)
+    finally:
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+def test_no_room_for_a_checkpoint(lab, tmp_path):
+    """A real file system of 1.5 MB: the first checkpoint fits, the next ones do not; what was saved stays, and with room the run goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes rights that this user does not have")
+    try:
+        said = lab.run("phase1", small / "run", "--config.checkpoint.keep_last=50", expect=2)
+        step = checkpoint.find(small / "run")[1]
+        assert "free some space" in said and f"goes on from step {step}" in said
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        said = lab.run("phase1", small / "run", "--config.checkpoint.keep_last=50")
+        assert f"at step {step}" in said and "finished at step 40" in said
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_metadata_is_json_a_person_can_read(undisturbed):
+    path = undisturbed / "phase1" / "checkpoints" / "step_40" / "metadata" / "metadata"
+    assert json.loads(path.read_text())["phase"] == "phase1"

@@ -1,0 +1,141 @@
+"""A run is never lost: killed, stopped, moved to other devices, it goes on as if nothing had been."""
+
+import json
+import random
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from nanollama_jax import checkpoint
+from nanollama_jax.train.metrics import read_rows
+from tests.end_to_end.conftest import STAGES, rows
+
+
+def saved_state(workdir):
+    """All arrays of the latest checkpoint, as numpy, by path."""
+    _, step = checkpoint.find(workdir)
+    restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / f"step_{step}" / "state")
+    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
+
+
+def assert_bit_identical(workdir, other):
+    step, state = saved_state(workdir)
+    other_step, other_state = saved_state(other)
+    assert step == other_step and state.keys() == other_state.keys()
+    for path, array in state.items():
+        np.testing.assert_array_equal(array, other_state[path], err_msg=path)
+
+
+def last_logged_step(curriculum):
+    return max((row["step"] for name in STAGES for row in read_rows(curriculum / name / "metrics.jsonl")), default=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp_path, seed):
+    """One of the three kills falls near the boundary of phase 1 and phase 2, where a stage starts from another's checkpoint."""
+    chance = random.Random(seed)
+    for at in sorted([chance.randrange(3, 35), chance.randrange(38, 44), chance.randrange(45, 76)]):
+        process = lab.start("curriculum", tmp_path)
+        while last_logged_step(tmp_path) < at:
+            assert process.poll() is None, f"ended before step {at}\n" + "\n".join(process.communicate())
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    output = lab.run("curriculum", tmp_path)
+    assert "resumed from" in output or "from scratch" not in output
+    for name in STAGES:
+        assert rows(tmp_path / name) == rows(undisturbed / name), name
+        assert_bit_identical(tmp_path / name, undisturbed / name)
+
+
+def test_curriculum_leaves_what_it_promises(lab, undisturbed):
+    assert rows(undisturbed / "phase1")[1]["loss"] == pytest.approx(np.log(320), rel=0.02)
+    final = json.loads((undisturbed / "summary.json").read_text())
+    assert final["stages"]["phase3"]["perplexity"]["docs"] < 0.5 * final["first_validation"]["docs"]
+    for path in (undisturbed / "curves.png", undisturbed / "phase1" / "curves.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    thetas = [row["rope_theta"] for name in STAGES for row in rows(undisturbed / name).values()]
+    assert thetas[:41] == [1e4] * 41 and thetas == sorted(thetas) and thetas[60:] == [5e5] * 20
+    learning_rates = [row["lr"] for name in STAGES for row in rows(undisturbed / name).values()]
+    assert len(learning_rates) == 80 and max(learning_rates) == learning_rates[5] == pytest.approx(2e-3) and learning_rates[-1] == pytest.approx(2e-4)
+    about = checkpoint.read_metadata(undisturbed / "phase2_8k", 60)
+    assert (about["phase"], about["tokens_seen"], about["model"]["d_model"]) == ("phase2_8k", 60 * 256, 32)
+    assert about["rope_theta"] == pytest.approx(5e5) and len(about["tokenizer_sha256"]) == len(about["data_sha256"]) == 64
+    assert about["config"]["stages" if "stages" in about["config"] else "seq_len"] == 64
+    step, state = saved_state(undisturbed / "phase3")
+    assert step == 80 and state["['step']"] == 80 and state["['opt_state'][1]['count']"] == 80  # the optimizer carries across phases
+
+
+def test_again_when_finished_says_so_and_changes_nothing(lab, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert "Nothing left to do" in lab.run("curriculum", undisturbed)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_0_and_the_same_command_goes_on(lab, undisturbed, tmp_path, number):
+    process = lab.start("curriculum", tmp_path)
+    while last_logged_step(tmp_path) < 14:
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    stopped_at = last_logged_step(tmp_path)
+    assert checkpoint.find(tmp_path / "phase1")[1] == stopped_at < 40 and f"stopped by a signal at step {stopped_at}" in out
+    assert f"resumed from {tmp_path / 'phase1'} at step {stopped_at}" in lab.run("curriculum", tmp_path)
+    assert_bit_identical(tmp_path / "phase3", undisturbed / "phase3")
+
+
+def assert_close(workdir, other, name):
+    ours, theirs = rows(workdir / name), rows(other / name)
+    assert ours.keys() == theirs.keys()
+    for step in ours:
+        assert ours[step]["batch_crc32"] == theirs[step]["batch_crc32"]
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5), step
+
+
+def test_goes_on_with_another_number_of_devices(lab, undisturbed, tmp_path):
+    process = lab.start("curriculum", tmp_path, devices=2)
+    while last_logged_step(tmp_path) < 20:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert 20 <= last_logged_step(tmp_path) < 40
+    output = lab.run("curriculum", tmp_path, devices=1)
+    assert "resumed from" in output and "on 1 cpu" in output
+    for name in STAGES:
+        assert_close(tmp_path, undisturbed, name)
+
+
+def test_two_processes_train_what_one_does(lab, undisturbed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    extra = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    processes = [lab.start("phase1", tmp_path / "phase1", *extra, f"--process_id={i}") for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "on 2 cpu (data=1, fsdp=2)" in outputs[0][0] and not outputs[1][0]
+    assert_close(tmp_path, undisturbed, "phase1")
+    # what two processes saved, one goes on with
+    assert "finished at step 40" in lab.run("phase1", tmp_path / "phase1")
+
+
+def test_a_stop_gate_holds_the_run_until_told_otherwise(lab, tmp_path):
+    gate = "--config.gates.perplexity=((20, 1.0, 2.0),)"
+    said = lab.run("phase1", tmp_path, gate, expect=3)
+    assert "gate at step 20" in said and "enforce=False" in said and checkpoint.find(tmp_path)[1] == 20
+    assert "gate at step 20" in lab.run("phase1", tmp_path, gate, expect=3)
+    said = lab.run("phase1", tmp_path, gate, "--config.gates.enforce=False")
+    assert "resumed from" in said and "finished at step 40" in said
+
+
+def test_wandb_offline_needs_no_account(lab, tmp_path):
+    assert "W&B run: offline" in lab.run("phase1", tmp_path, "--config.wandb.mode=offline", "--config.end_step=3")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
