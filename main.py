@@ -60,9 +60,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """As absl does, but a mistake on the command line ends in one line."""
     with one_line_errors():
         try:
-            return flags.FLAGS(argv)
+            rest = flags.FLAGS(argv)
+            str(CONFIG.value)  # a recipe that does not load says so only when it is looked at
+            return rest
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise BadInput(f"command line: {error}") from error
+            raise BadInput(f"command line: {error}") from None
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Checkpoints:
         needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.directory).free
         if free < needed:
             raise BadInput(
-                f"no room for the checkpoint of step {step} in {self.directory}: it needs {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free; "
+                f"no room for the checkpoint of step {step} in {self.directory}: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; "
                 f"free some space and run the same command again: it goes on from step {self.latest_step()}"
             )
         items = ocp.args.Composite(

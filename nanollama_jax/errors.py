@@ -5,6 +5,7 @@ commands run inside `one_line_errors`, which prints it without a traceback. Any 
 """
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -19,9 +20,14 @@ class RunStopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns `BadInput` into one line on stderr and exit status 2, `RunStopped` into one and exit status 3."""
+    """Turns `BadInput` (and a full disk) into one line on stderr and exit status 2, `RunStopped` into one and exit status 3."""
     try:
         yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: no space left on the disk of {error.filename or 'the workdir'}: free some and run the same command again", file=sys.stderr)
+        sys.exit(2)
     except (BadInput, RunStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 3)

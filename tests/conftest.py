@@ -5,7 +5,6 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-os.environ["WANDB_MODE"] = "disabled"
 
 import jax
 import pytest

@@ -90,12 +90,13 @@ def packed_rows(source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segme
 
 
 def validation_batches(source: Source, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, max_segments: int, max_rows: int) -> list[Batch]:
-    """The first `max_rows` rows of the validation split in a fixed order, as whole batches; the last is filled up with rows that weigh nothing."""
+    """`max_rows` rows of the validation split, always the same, as whole batches; the last is filled up with rows that weigh nothing."""
     if not source.tokens("validation"):
         raise BadInput(f"source {source.name!r} has no validation documents: raise data.validation_fraction and prepare it again")
     documents = _documents(source, "validation", tokenizer).seed(0).shuffle().to_iter_dataset(grain.ReadOptions(num_threads=1))
+    packed = PackIterDataset(documents, seq_len, max_segments)
     rows = []
-    for row in PackIterDataset(documents, seq_len, max_segments):
+    for row in grain.experimental.WindowShuffleIterDataset(packed, window_size=SHUFFLE_ROWS, seed=0):  # else they are of few documents
         rows.append(row)
         if len(rows) == max_rows:
             break

@@ -29,7 +29,7 @@ def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segme
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     position_T = jnp.arange(T)
     out = []
-    block = max(128, T // 8)
+    block = max(64, T // 8)
     for start in range(0, T, block):
         end = min(start + block, T)
         q_BKQH = q_BKGTH[:, :, :, start:end].reshape(B, K, G * (end - start), H)
@@ -39,6 +39,11 @@ def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segme
             mask_BTS = mask_BTS & (segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end])
         scores_BKGTS = scores_BKQS.reshape(B, K, G, end - start, end)
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-        weights_BKQS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B, K, -1, end)
-        out.append(jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, v_BKSH[:, :, :end]).reshape(B, K, G, end - start, H))
+        # Softmax, divided by its sum only after the product with the values: T x H quotients instead of T x S.
+        top = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+        weights_BKGTS = jnp.exp(scores_BKGTS - top)
+        sums = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+        weights_BKQS = weights_BKGTS.astype(v_BKSH.dtype).reshape(B, K, -1, end)
+        mixed = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, v_BKSH[:, :, :end], preferred_element_type=jnp.float32)
+        out.append((mixed.reshape(B, K, G, end - start, H) / sums).astype(v_BKSH.dtype))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

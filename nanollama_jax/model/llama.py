@@ -52,12 +52,12 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
         c = self.config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, Weight((D, N, H), ("embed", "heads", "head_dim"), c.dtype, name="q")())
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="k")())
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="v")())
+        q_BTNH = project(x_BTD, Weight((D, N, H), ("embed", "heads", "head_dim"), c.dtype, name="q")())
+        k_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="k")())
+        v_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="v")())
         out_BTNH = attend(apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH, segment_ids_BT, c)
         o_NHD = Weight((N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o")()
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD)
+        return project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D))
 
 
 class FeedForward(nn.Module):
@@ -67,10 +67,10 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """SwiGLU (arXiv:2002.05202)."""
         c = self.config
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="gate")())
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="up")())
+        gate_BTF = project(x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="gate")())
+        up_BTF = project(x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="up")())
         down_FD = Weight((c.ffn_dim, c.d_model), ("ffn", "embed"), c.dtype, residual_stddev(c), name="down")()
-        return jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, down_FD)
+        return project(nn.silu(gate_BTF) * up_BTF, down_FD)
 
 
 class Block(nn.Module):
@@ -114,6 +114,13 @@ class Llama(nn.Module):
             for i in range(c.num_layers):
                 hidden_BTD, _ = block(c, name=f"layers_{i}")(hidden_BTD, segment_ids_BT, rope)
         return RMSNorm(c.norm_eps, name="final_norm")(hidden_BTD)
+
+
+def project(x_BTD: jax.Array, weight: jax.Array) -> jax.Array:
+    """(B, T, D) times (D, ...) as one product of two matrices. An einsum over B and T says the same, but XLA transposes its operands for the
+    weight's gradient: on a CPU that took a fifth of the nano step."""
+    B, T, D = x_BTD.shape
+    return (x_BTD.reshape(B * T, D) @ weight.reshape(D, -1)).reshape(B, T, *weight.shape[1:])
 
 
 def residual_stddev(config: ModelConfig) -> float:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -89,11 +90,12 @@ class Reporter:
             self._steps = 0
 
     def validation(self, step: int, perplexity: dict[str, float]) -> None:
-        """Perplexity by source; "all" is that of the stage's own mix of rows."""
+        """Logs perplexity by source ("all" is that of the stage's own mix of rows) and draws the curves anew."""
         if not self._is_main:
             return
         self._write({"step": step, "validation_perplexity": perplexity})
         log.info("%s step %d  validation perplexity: %s", self._config.name, step, "  ".join(f"{k} {v:,.2f}" for k, v in perplexity.items()))
+        plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
 
     def close(self) -> None:
         if not self._is_main:
@@ -103,7 +105,6 @@ class Reporter:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
-        plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
 
     def _line(self, step: int, metrics: dict[str, float], rate: float) -> str:
         flops = rate * self._flops_per_token
@@ -154,7 +155,7 @@ def start_wandb(config: ConfigDict, workdir: pathlib.Path):
     import wandb  # slow to import, and most runs at nano scale do without
 
     id_file = workdir / "wandb_run_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
     run = wandb.init(
         project=config.wandb.project, name=config.name, id=run_id, resume="allow", dir=str(workdir), mode=config.wandb.mode, config=config.to_dict()
