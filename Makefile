@@ -8,13 +8,15 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
 RUN := .venv/bin/python
+# Large pages for large allocations (glibc; ignored elsewhere): XLA takes its buffers anew at each step of a CPU run.
+QUICK := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test lint benchmark
-quickstart: .venv/installed
-	$(RUN) main.py --config configs/curriculum.py:nano
+quickstart: .venv/installed-$(REQUIREMENTS)
+	$(QUICK) $(RUN) main.py --config configs/curriculum.py:nano
 
 test: .venv/installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check .
@@ -24,12 +26,13 @@ benchmark: .venv/installed-dev
 	$(RUN) tools/benchmark.py train
 	$(RUN) tools/benchmark.py data
 
-.venv/installed: requirements.txt $(REQUIREMENTS)
+# One stamp per requirements file: a driver that comes later brings the GPU build with it.
+.venv/installed-$(REQUIREMENTS): requirements.txt $(REQUIREMENTS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or name it with PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r $(REQUIREMENTS)
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-dev: .venv/installed-$(REQUIREMENTS) requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@

@@ -10,7 +10,6 @@ under Slurm or Open MPI). SIGTERM and Ctrl-C save a checkpoint, then exit 0.
 
 import os
 import pathlib
-import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # the default, 0.75, wastes 14 GB of an H100
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -18,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, with an optional scale after a colon: configs/phase1.py:nano.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and curves go. Default: runs/RECIPE_SCALE.")
@@ -32,7 +31,7 @@ def default_workdir() -> str:
     return os.path.join("runs", f"{pathlib.Path(recipe).stem}_{CONFIG.value.scale}")
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax and jax narrate
     # Not at the top: the workers that prepare data import this file, and have no use for these.
     import jax
@@ -41,10 +40,8 @@ def main(argv: list[str]) -> None:
     from nanollama_jax.train.loop import train
 
     with one_line_errors():
-        if len(argv) > 1:
-            raise BadInput(f"unexpected argument {argv[1]!r}: overrides are written --config.NAME=VALUE")
-        if CONFIG.value is None:
-            raise BadInput("no --config: try --config configs/curriculum.py:nano")
+        if bool(NUM_PROCESSES.value) != bool(COORDINATOR.value and COORDINATOR.value != "auto") or (NUM_PROCESSES.value and PROCESS_ID.value is None):
+            raise BadInput("--coordinator=HOST:PORT, --num_processes and --process_id go together (or --coordinator=auto alone)")
         if COORDINATOR.value == "auto":
             jax.distributed.initialize()
         elif COORDINATOR.value:
@@ -56,16 +53,15 @@ def main(argv: list[str]) -> None:
             train(CONFIG.value, workdir)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """As absl does, but a mistake on the command line ends in one line."""
-    with one_line_errors():
-        try:
-            rest = flags.FLAGS(argv)
-            str(CONFIG.value)  # a recipe that does not load says so only when it is looked at
-            return rest
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise BadInput(f"command line: {error}") from None
+def exit_alone(argv: list[str]) -> None:
+    """One of several processes that fails ends at once: leaving in order would wait for the others, who wait for it."""
+    try:
+        main(argv)
+    except SystemExit as end:
+        if NUM_PROCESSES.value and end.code:
+            os._exit(end.code)
+        raise
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags, argv=sys.argv)
+    app.run(exit_alone, flags_parser=flags_parser(CONFIG))

@@ -53,7 +53,6 @@ def base(scale: str) -> ConfigDict:
     config.model.scan_layers = not nano  # unrolled compiles slower and runs faster: worth it for 4 layers, not for 22
 
     config.mesh = ConfigDict(dict(data=1, fsdp=-1))  # -1: all devices
-    config.accumulation = 1 if nano else 8  # micro-batches per step
 
     config.loss = ConfigDict(dict(z_loss=1e-4, chunk_tokens=1024 if nano else 8192))
     config.optimizer = ConfigDict(dict(peak_lr=6e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0))
@@ -103,6 +102,7 @@ def phase(scale: str, number: int, *, name: str, seq_len: int, theta: tuple[floa
     stage.tokens_per_step = TOKENS_PER_STEP[scale]
     stage.seq_len = seq_len
     stage.batch_size = stage.tokens_per_step // seq_len  # rows, over all devices and micro-batches
+    stage.accumulation = 1 if scale == "nano" else 4  # micro-batches per step; 4: 16,384 tokens at a time on each of two GPUs
     stage.rope = ConfigDict(dict(start_theta=theta[0], end_theta=theta[1]))
     stage.data = ConfigDict(dict(sources=shares))
     return stage

@@ -1,4 +1,4 @@
-"""Phase 3: mathematics, questions and answers, STEM articles, back at 4K context, while the learning rate decays to 0.
+"""Phase 3: mathematics, questions and answers, Wikipedia, back at 4K context, while the learning rate decays to 0.
 
     python tools/prepare_data.py --config configs/phase3.py
     python main.py --config configs/phase3.py --workdir runs/1b/phase3 --config.init_from=runs/1b/phase2_16k

@@ -95,11 +95,10 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
     Reads folder names only: an unfinished checkpoint has another name.
     """
     path = pathlib.Path(path)
-    if path.parent.name == FOLDER and path.name.startswith("step_") and path.is_dir():
-        return path.parent.parent, int(path.name.removeprefix("step_"))
-    steps = [p.name.removeprefix("step_") for p in (path / FOLDER).glob("step_*") if p.is_dir()]
-    steps = [int(step) for step in steps if step.isdecimal()]
-    return (path, max(steps)) if steps else None
+    named = path.parent.name == FOLDER
+    folders = [path] if named else (path / FOLDER).glob("step_*")
+    steps = [int(p.name.removeprefix("step_")) for p in folders if p.name.removeprefix("step_").isdecimal() and p.is_dir()]
+    return (path.parent.parent if named else path, max(steps)) if steps else None
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:

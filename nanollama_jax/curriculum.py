@@ -11,9 +11,11 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data.prepare import prepare_all
+from nanollama_jax.data.prepare import MANIFEST, prepare_all
+from nanollama_jax.errors import BadInput
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train.loop import train
+from nanollama_jax.train.settle import settle
 
 
 def stage_config(config: ConfigDict, name: str, init_from: str) -> ConfigDict:
@@ -33,8 +35,7 @@ def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
     found = checkpoint.find(workdir)
     if found is None or found[1] < stage.end_step:
         return False
-    held = gates.thresholds(stage.gates.perplexity, stage.end_step) and gates.read(workdir).get(str(stage.end_step)) not in ("go", "caution")
-    return not (held and stage.gates.enforce)
+    return not gates.thresholds(stage.gates.perplexity, stage.end_step) or gates.passed(workdir, stage.end_step)
 
 
 def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
@@ -44,12 +45,17 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     stages = {}
     for before, name in zip([None, *names], names, strict=False):
         stages[name] = stage_config(config, name, config.init_from if before is None else str(workdir / before))
-    if all(is_finished(stage, workdir / name) for name, stage in stages.items()):
+        settle(stages[name])  # a mistake in the last stage is better known before the first
+    if (workdir / "summary.json").exists() and all(is_finished(stage, workdir / name) for name, stage in stages.items()):
         metrics.console.print(f"Nothing left to do: {', '.join(names)} are finished in {workdir}.", soft_wrap=True)
         return True
 
-    if jax.process_index() == 0:
+    if jax.process_count() == 1:
         prepare_all(config)
+    elif missing := [name for name in config.corpora if not (pathlib.Path(config.data.dir) / name / MANIFEST).exists()]:
+        raise BadInput(
+            f"{missing[0]} is not prepared in {config.data.dir}: with several processes run tools/prepare_data.py with the same config first"
+        )
     for name, stage in stages.items():
         if is_finished(stage, workdir / name):
             metrics.console.print(f"{name} is finished in {workdir / name}: skipped", soft_wrap=True)

@@ -5,9 +5,10 @@ commands run inside `one_line_errors`, which prints it without a traceback. Any 
 """
 
 import contextlib
-import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from absl import flags
 
 
 class BadInput(Exception):
@@ -20,14 +21,42 @@ class RunStopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns `BadInput` (and a full disk) into one line on stderr and exit status 2, `RunStopped` into one and exit status 3."""
+    """Turns `BadInput`, and what the operating system refuses, into one line on stderr and exit status 2; `RunStopped` into one and status 3."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.strerror is None:  # not from the operating system
             raise
-        print(f"error: no space left on the disk of {error.filename or 'the workdir'}: free some and run the same command again", file=sys.stderr)
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
     except (BadInput, RunStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 3)
+
+
+def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
+    """For `app.run`: parses as absl does, but a mistake on the command line, or a recipe that does not load, ends in one line."""
+
+    def parse(argv: list[str]) -> list[str]:
+        if "--help" in argv or "-h" in argv:
+            print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
+            sys.exit(0)
+        with one_line_errors():
+            try:
+                rest = flags.FLAGS(argv)
+                if len(rest) > 1:
+                    raise ValueError(f"unexpected argument {rest[1]!r}: overrides are written --config.NAME=VALUE")
+                if config.value is None:
+                    raise ValueError("there is no --config: try --config configs/curriculum.py:nano")
+                config.value.get("scale")  # a recipe that does not load says so only when it is looked at
+                return rest
+            except (AttributeError, KeyError) as error:
+                raise BadInput(f"command line: there is no such name in this config: {str(error.args[0]).strip(chr(34) + chr(39))}") from None
+            except (flags.Error, TypeError, ValueError, OSError) as error:
+                raise BadInput(f"command line: {error}") from None
+
+    return parse

@@ -112,7 +112,7 @@ def on_each_batch_shard(function: Callable, split_args: tuple[bool, ...], output
             if kind == "sum":
                 value = jax.lax.psum(value, BATCH)
             elif kind == "sum_embed":
-                value = jax.lax.psum_scatter(jax.lax.psum(value, "data"), "fsdp", scatter_dimension=0, tiled=True)
+                value = jax.lax.psum(jax.lax.psum_scatter(value, "fsdp", scatter_dimension=0, tiled=True), "data")
             results.append(value)
         return tuple(results)
 

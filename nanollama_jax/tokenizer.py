@@ -29,18 +29,22 @@ _STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STR
 def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_bytes: int) -> None:
     """Trains a tokenizer on the first `max_bytes` (UTF-8) of `texts` and writes it to `path`, whole or not at all.
 
-    The same texts give the same file on any machine. Raises `BadInput` when the text cannot fill `vocab_size` pieces.
+    The same texts give the same file on any machine. Raises `BadInput` when the text cannot fill `vocab_size` pieces, and what `texts` raises.
     """
     read_bytes = 0
+    failure = None
 
     def stretches() -> Iterator[str]:
-        nonlocal read_bytes
-        for text in texts:
-            for match in _STRETCH.finditer(text):
-                read_bytes += len(match.group().encode())
-                if read_bytes > max_bytes:
-                    return
-                yield match.group()
+        nonlocal read_bytes, failure
+        try:
+            for text in texts:
+                for match in _STRETCH.finditer(text):
+                    read_bytes += len(match.group().encode())
+                    if read_bytes > max_bytes:
+                        return
+                    yield match.group()
+        except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
+            failure = error
 
     model = io.BytesIO()
     try:
@@ -65,7 +69,10 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
+        if failure is None:
+            raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
+    if failure is not None:
+        raise failure
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -122,3 +122,17 @@ def test_a_pickled_tokenizer_needs_no_file(ours):
     copy = pickle.loads(pickle.dumps(ours))
     assert copy.encode("def f():\n    pass") == ours.encode("def f():\n    pass")
     assert (copy.sha256, copy.model_bytes) == (ours.sha256, ours.model_bytes)
+
+
+@pytest.mark.parametrize("error", [BadInput("a.jsonl:3: malformed"), ValueError("a bug"), KeyboardInterrupt()])
+def test_what_the_texts_raise_comes_out_as_itself(tmp_path, error):
+    for good in ([], [PYTHON]):  # SentencePiece fails of too little text, or could train on what came before
+
+        def texts(good=good):
+            yield from good
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            tokenizer.train(texts(), tmp_path / "t.model", vocab_size=400, max_bytes=10**9)
+        assert raised.value is error
+    assert not list(tmp_path.iterdir())

@@ -126,7 +126,7 @@ def benchmark_data(source: str | None) -> None:
     from nanollama_jax.data.sources import read_documents
     from nanollama_jax.tokenizer import Tokenizer
 
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as directory:
         root = pathlib.Path(directory)
         if source is None:

@@ -11,22 +11,19 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import app, flags
+from absl import app
 from ml_collections import config_flags
 
 from nanollama_jax.data.prepare import prepare_all
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:nano.", lock_config=True)
-flags.mark_flag_as_required("config")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+def main(_: list[str]) -> None:
     with one_line_errors():
         prepare_all(CONFIG.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=flags_parser(CONFIG))

@@ -4,12 +4,14 @@
     code       whole Python sources
     reasoning  reasoning-gym's generated questions with their answers
 
-Sources come from the standard library and from packages that the product itself requires, read as files and never imported.
-The same versions give the same documents in the same order; what else is installed makes no difference.
+Sources come from the standard library and from packages that requirements.txt pins, read as files and never imported. The documents
+and their order are the same wherever the Python build (to the patch; a distribution may leave modules out) and the pinned versions are;
+requirements.txt pins other versions of jax and flax for Python 3.11 than for 3.12. What else is installed makes no difference.
 """
 
 import ast
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import sysconfig
@@ -23,14 +25,16 @@ from nanollama_jax.errors import BadInput
 NAMES = ("docs", "code", "reasoning")
 
 STANDARD_LIBRARY = "stdlib"
-DOCS_PACKAGES = (STANDARD_LIBRARY, "datasets", "flax", "grain", "huggingface_hub", "jax", "matplotlib", "numpy", "optax", "orbax", "scipy")
-CODE_PACKAGES = (STANDARD_LIBRARY, "flax", "grain", "numpy", "optax", "orbax")
-DESCRIBED = ("absl-py", "array-record", "datasets", "datatrove", "flax", "fsspec", "grain", "huggingface-hub", "jax", "matplotlib",
-             "ml-collections", "numpy", "optax", "orbax-checkpoint", "reasoning-gym", "rich", "scipy", "sentencepiece",
-             "tensorflow-datasets", "wandb")  # fmt: skip
+# Only what requirements.txt pins: the version of anything else would be the installer's choice.
+DOCS_PACKAGES = (STANDARD_LIBRARY, "datasets", "flax", "grain", "jax", "matplotlib", "numpy", "optax", "orbax.checkpoint")
+CODE_PACKAGES = (STANDARD_LIBRARY, "flax", "grain", "numpy", "optax", "orbax.checkpoint")
+DESCRIBED = ("absl-py", "array-record", "datasets", "datatrove", "flax", "grain", "jax", "matplotlib", "ml-collections", "numpy", "optax",
+             "orbax-checkpoint", "reasoning-gym", "rich", "sentencepiece", "tensorflow-datasets", "wandb")  # fmt: skip
 # Tests and vendored copies; `encodings` and jax's `export_back_compat_test_data` are tables that a program wrote.
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "encodings", "pydoc_data", "internal_test_util",
                    "site-packages", "dist-packages", "__pycache__", "export_back_compat_test_data"}  # fmt: skip
+# What the build of this machine's Python or numpy wrote.
+SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__config__")
 MIN_CHARACTERS = 200
 
 REASONING_SEED = 20_000_000  # item i is drawn from seed + i: far from the small seeds that SFT, DPO and evaluation use
@@ -48,6 +52,15 @@ def read(name: str, rank: int, world_size: int) -> Iterator[tuple[str, str]]:
     if name not in NAMES:
         raise BadInput(f"builtin://{name} is no built-in corpus: there are {', '.join('builtin://' + known for known in NAMES)}")
     return {"docs": _docs, "code": _code, "reasoning": _reasoning}[name](rank, world_size)
+
+
+def split_key(document_id: str) -> str | None:
+    """The module that a document of docs or code is of, the same in both; None for other documents.
+
+    A module's docstrings are also in its code: both must fall on one side of the validation split.
+    """
+    kind, _, module = document_id.partition("/")
+    return module if kind in ("docs", "code") else None
 
 
 def _docs(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
@@ -74,29 +87,36 @@ def _code(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
 def _reasoning(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
     import reasoning_gym
 
-    for task in REASONING_TASKS:
-        items = reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS)
-        for index in range(rank, REASONING_ITEMS, world_size):
+    tasks = {task: reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS) for task in REASONING_TASKS}
+    for index in range(rank, REASONING_ITEMS, world_size):
+        for task, items in tasks.items():  # a beginning has all tasks, for a tokenizer's sample
             yield f"reasoning/{task}/{index}", f"Question: {items[index]['question'].strip()}\nAnswer: {items[index]['answer']}"
 
 
 @functools.cache  # walking the folders takes half a second
 def _modules(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(dotted name, file) of every module, sorted, without importing any."""
+    """(dotted name, file) of every module, without importing any.
+
+    In the order of a hash of the names, so that any beginning is a fair sample (a tokenizer is trained on one) and ranks get like shares.
+    """
     found = []
     for package in packages:
         root = _root(package)
         for path in root.rglob("*.py"):
             parts = path.relative_to(root).with_suffix("").parts
-            if SKIPPED_FOLDERS.isdisjoint(parts) and not path.stem.endswith("_test"):
+            skipped = not SKIPPED_FOLDERS.isdisjoint(parts) or any(part.startswith(SKIPPED_PREFIXES) for part in parts)
+            if not skipped and not path.stem.endswith("_test"):
                 found.append((".".join(parts if package == STANDARD_LIBRARY else (package, *parts)).removesuffix(".__init__"), path))
-    return sorted(found)
+    return sorted(found, key=lambda module: (hashlib.blake2b(module[0].encode()).digest(), module))
 
 
 def _root(package: str) -> Path:
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of orbax.checkpoint, without orbax: a namespace, which holds no code
+        spec = None
     if spec is None:
         raise BadInput(f"the built-in corpus reads the package {package}, which is not installed: pip install -r requirements.txt")
     return Path(next(iter(spec.submodule_search_locations)))

@@ -1,7 +1,4 @@
-"""Runs a datatrove pipeline on the cores of one machine, shows how far it is, and fails rather than hangs.
-
-The pipeline's blocks (data/prepare.py) know nothing of this: datatrove's Slurm and Ray executors run them as well.
-"""
+"""Runs a datatrove pipeline on the cores of one machine, shows how far it is, and fails rather than hangs."""
 
 import contextlib
 import multiprocessing.connection
@@ -19,9 +16,11 @@ from datatrove.executor.local import LocalPipelineExecutor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nanollama_jax.errors import BadInput
+
 _LINE_SECONDS = 10  # between plain lines, where there is no terminal for a bar
 
-# (documents, tokens, bytes) of each rank, in memory shared with the parent; None where another executor runs the pipeline
+# (documents, tokens, bytes) of each rank, in memory shared with the parent; None outside a worker
 _counts: Any = None
 
 
@@ -74,7 +73,12 @@ def _start_worker(counts: Any, stop: multiprocessing.connection.Connection) -> N
 
 
 def _run_rank(executor: PoolExecutor, rank: int) -> None:
-    executor._run_for_rank(rank, rank)
+    try:
+        executor._run_for_rank(rank, rank)
+    except (BadInput, OSError):
+        raise
+    except Exception as error:  # one that cannot be pickled and built again would break the pool, as if the worker had been killed
+        raise RuntimeError(repr(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Raw text -> tokenised shards on disk, with datatrove: `ReadSource` and `WriteTokens` are pipeline blocks for any of its executors.
+"""Raw text -> tokenised shards on disk, with datatrove: `ReadSource` and `WriteTokens` are blocks of a pipeline of its.
 
 A corpus is a directory: ArrayRecord shards of one document a record (token ids, raw little-endian, without BOS and EOS), and
 `manifest.json`, written last, with counts and a checksum for each shard. A shard is written under a temporary name and renamed when
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanollama_jax.data.executor import PoolExecutor, report_progress, show_progress
-from nanollama_jax.data.sources import read_documents
+from nanollama_jax.data.sources import matched_files, read_documents
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer, train
 
@@ -32,7 +32,7 @@ SPLITS = ("train", "validation")
 SHARD_TOKENS = 2**26
 MANIFEST = "manifest.json"
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**20, 1024  # what is encoded at once
-_SAMPLE_STREAMS = 8  # a tokenizer's sample is read from this many places of a source
+_SAMPLE_STREAMS = 8  # a tokenizer's sample is the beginnings of this many ranks' shares: of 8 files, where a source has as many
 
 
 class ReadSource(PipelineStep):
@@ -53,21 +53,22 @@ class WriteTokens(PipelineStep):
 
     name, type = "tokens", "Writer"
 
-    def __init__(self, out_dir: Path, tokenizer_path: str, validation_fraction: float, shard_tokens: int):
+    def __init__(self, out_dir: Path, tokenizer: Tokenizer, validation_fraction: float, shard_tokens: int):
         super().__init__()
-        self.out_dir, self.tokenizer_path = Path(out_dir), str(tokenizer_path)
+        self.out_dir, self.tokenizer = Path(out_dir), tokenizer  # the object: a file could change while ranks run
         self.validation_fraction, self.shard_tokens = validation_fraction, shard_tokens
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        tokenizer = Tokenizer(self.tokenizer_path)
+        tokenizer = self.tokenizer
         dtype = np.dtype(_dtype(tokenizer.vocab_size)).newbyteorder("<")
         writers = {split: _ShardWriter(self.out_dir, f"{split}-{rank:05d}", self.shard_tokens) for split in SPLITS}
         counts = np.zeros(3, np.int64)
         for documents in _batches(data):
             for document, ids in zip(documents, tokenizer.encode_batch([document.text for document in documents])):
                 text = document.text.encode()
-                # By a hash of the text: equal documents never end up on both sides.
-                hashed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+                # By a hash of the text, so that equal documents never end up on both sides, or of what the source names instead.
+                split_key = document.metadata["split_key"].encode() if "split_key" in document.metadata else text
+                hashed = int.from_bytes(hashlib.blake2b(split_key, digest_size=8).digest(), "little")
                 split = "validation" if hashed < self.validation_fraction * 2**64 else "train"
                 writers[split].write(np.array(ids, dtype).tobytes(), tokens=len(ids), text_bytes=len(text))
                 counts += (1, len(ids), len(text))
@@ -138,10 +139,12 @@ def prepare_source(
     workers: int,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Prepares `url` into `out_dir` and returns its manifest; at once if that is already done, from where it stopped if it was killed.
+    """Prepares `url` into `out_dir` and returns its manifest; goes on from where it stopped if it was killed.
 
+    Where it is already done it reads all shards once and compares their checksums, which for a large corpus takes a while.
     `tasks` is the number of ranks, and decides what is in which shard; `workers` of them run at a time. Raises `BadInput` for bad text
-    (what other ranks finished stays), for a source without documents, and if `out_dir` holds something else.
+    (what other ranks finished stays), for a source without documents or with an empty split, for Ctrl-C, and if `out_dir` holds
+    something else, or was made of another list of files.
     """
     out_dir, tokenizer = Path(out_dir), Tokenizer(tokenizer_path)
     if not 0 <= validation_fraction < 1:
@@ -149,10 +152,13 @@ def prepare_source(
     if tasks < 1 or workers < 1:
         raise BadInput(f"preparation needs at least one task and one worker, not {tasks} and {workers}")
     inputs = {"url": url, "tokenizer_sha256": tokenizer.sha256, "validation_fraction": validation_fraction}
+    if (files := matched_files(url)) is not None:
+        # Documents are dealt by the files' order: with another list, what finished ranks hold would be read twice, or never.
+        inputs["files"] = {"count": len(files), "sha256": hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()}
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
         _check_same_inputs(out_dir, manifest, inputs)
-        verify_shards(out_dir, manifest)
+        verify_shards(out_dir, manifest, checksums=True)
         return manifest
 
     logs = out_dir / "logs"
@@ -167,26 +173,43 @@ def prepare_source(
             _check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             _write_json(logs / "inputs.json", layout)
-        blocks = [ReadSource(url), WriteTokens(out_dir, os.path.abspath(tokenizer_path), validation_fraction, shard_tokens)]
+        blocks = [ReadSource(url), WriteTokens(out_dir, tokenizer, validation_fraction, shard_tokens)]
         try:
             with show_progress(name, tasks) as on_progress:
                 PoolExecutor(blocks, tasks=tasks, workers=workers, logging_dir=str(logs)).run(on_progress)
         except BrokenProcessPool as error:
             raise BadInput(f"a worker preparing {name} was killed (out of memory?): run the same command to go on from there") from error
+        except KeyboardInterrupt as error:
+            raise BadInput("stopped; run the same command to go on") from error
 
         ranks = [json.loads((logs / "shards" / f"{rank:05d}.json").read_text()) for rank in range(tasks)]
         splits = {split: _totals([shard for rank in ranks for shard in rank[split]]) for split in SPLITS}
         if not any(split["documents"] for split in splits.values()):
             raise BadInput(f"source {name} has no documents: {url} holds no text")
+        for split, change in (("train", "lower"), ("validation", "raise")):
+            if not splits[split]["documents"] and (split == "train" or validation_fraction > 0):
+                documents = sum(counts["documents"] for counts in splits.values())
+                raise BadInput(
+                    f"source {name} has {documents} documents and none fell into {split} at validation_fraction={validation_fraction}: "
+                    f"{change} data.validation_fraction and remove {out_dir}"
+                )
         manifest = {"name": name, "licence": licence, "dtype": _dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"splits": splits}
         verify_shards(out_dir, manifest)
         _write_json(out_dir / MANIFEST, manifest)
+        named = {path for split in SPLITS for path in split_shards(out_dir, manifest, split)}
+        for path in set(out_dir.glob("*.array_record*")) - named:  # what ranks that were killed left
+            path.unlink()
     return manifest
 
 
 def _check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
+        if key == "files" and old.get(key, value) != value:
+            raise BadInput(
+                f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
+                f"{value['count']} now): remove {out_dir} and prepare it again, or choose another data.dir"
+            )
         if old.get(key) != value:
             raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
 
@@ -201,7 +224,10 @@ def _dtype(vocab_size: int) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -258,6 +284,10 @@ def _sample(url: str, max_bytes: int) -> Iterator[str]:
                 streams.remove(stream)
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has no affinity
+
+
 def prepare_all(config: ConfigDict) -> None:
     """Trains the tokenizer if its file is missing, then prepares every corpus of `config.corpora` into `config.data.dir`/NAME."""
     path = Path(config.tokenizer.path)
@@ -278,7 +308,7 @@ def prepare_all(config: ConfigDict) -> None:
     manifests = [
         prepare_source(
             name, config.corpora[name].url, config.corpora[name].licence, directory, path,
-            validation_fraction=config.data.validation_fraction, tasks=config.data.prepare_tasks, workers=len(os.sched_getaffinity(0)),
+            validation_fraction=config.data.validation_fraction, tasks=config.data.prepare_tasks, workers=_cores(),
         )
         for name, directory in directories.items()
     ]  # fmt: skip
@@ -289,5 +319,5 @@ def prepare_all(config: ConfigDict) -> None:
     for manifest in manifests:
         train_split, validation = (manifest["splits"][split] for split in SPLITS)
         documents, tokens, text_bytes = (train_split[key] + validation[key] for key in ("documents", "tokens", "bytes"))
-        table.add_row(manifest["name"], f"{documents:,}", f"{tokens:,}", f"{text_bytes / tokens:.2f}", f"{validation['tokens']:,}")
+        table.add_row(manifest["name"], f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}", f"{validation['tokens']:,}")
     Console().print(table)

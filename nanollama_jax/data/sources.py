@@ -8,8 +8,8 @@
 
 Options follow a question mark: `text=FIELD` names the field with the text ("text"); `split`, `name` and `data_dir` mean what they
 mean to the library that reads. Whatever is wrong with the data raises `BadInput` that names the file and line; only documents
-without any visible text are passed over. Ranks read different files where there are enough, else every rank reads all files and
-takes every n-th document.
+without any visible text are passed over. Ranks read different files where there are enough; where there are fewer files than ranks,
+each rank opens a single file, and the ranks that share it take its documents in turn.
 """
 
 import glob
@@ -39,23 +39,49 @@ def read_documents(url: str, rank: int, world_size: int) -> Iterator[Document]:
 
     Raises `BadInput` for a URL that cannot be read and for text that is not clean UTF-8, when it comes to it.
     """
-    match = _URL.fullmatch(url)
-    if not match or match["scheme"] not in _SCHEMES:
-        raise BadInput(f"source {url!r} is not understood: begin it with one of {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
-    read, known_options = _SCHEMES[match["scheme"]]
-    try:
-        options = dict(urllib.parse.parse_qsl(match["options"] or "", strict_parsing=bool(match["options"])))
-    except ValueError as error:
-        raise BadInput(f"source {url!r}: options are written ?key=value&key=value") from error
-    if unknown := options.keys() - known_options:
-        raise BadInput(f"source {url!r} has unknown option {min(unknown)!r}: there are {', '.join(known_options) or 'none'}")
-    for where, text in read(match["path"], rank, world_size, **options):
+    scheme, path, options = _parse(url)
+    for where, text in _SCHEMES[scheme][0](path, rank, world_size, **options):
         if not isinstance(text, str):
             raise BadInput(f"{where}: the text is of type {type(text).__name__}, not a string: choose its field with ?text=FIELD")
         if "\0" in text:
             raise BadInput(f"{where}: the text holds a NUL byte: is it really text?")
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot: "\ud800"
+                raise BadInput(f"{where}: half a surrogate pair in the text: it cannot be written as UTF-8") from error
         if text and not text.isspace():
-            yield Document(text=text, id=where)
+            split_key = builtin.split_key(where.removeprefix("builtin://")) if scheme == "builtin" else None
+            yield Document(text=text, id=where, metadata={"split_key": split_key} if split_key else {})
+
+
+def matched_files(url: str) -> list[str] | None:
+    """The files that a file:// URL stands for, sorted; None for other schemes."""
+    scheme, path, _ = _parse(url)
+    return _match(path) if scheme == "file" else None
+
+
+def _parse(url: str) -> tuple[str, str, dict[str, str]]:
+    match = _URL.fullmatch(url)
+    if not match or match["scheme"] not in _SCHEMES:
+        raise BadInput(f"source {url!r} is not understood: begin it with one of {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
+    known_options = _SCHEMES[match["scheme"]][1]
+    query = (match["options"] or "").replace("+", "%2B")  # a form's "+" is a space; ours is a plus
+    try:
+        options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise BadInput(f"source {url!r}: options are written ?key=value&key=value") from error
+    if unknown := options.keys() - known_options:
+        raise BadInput(f"source {url!r} has unknown option {min(unknown)!r}: there are {', '.join(known_options) or 'none'}")
+    return match["scheme"], match["path"], options
+
+
+def _deal(count: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
+    """Which of `count` files this rank reads, as (file, its first document, step)."""
+    if count >= world_size:
+        return [(number, 0, 1) for number in range(rank, count, world_size)]
+    number = rank % count
+    return [(number, rank // count, -(-(world_size - number) // count))]  # as many steps as there are ranks on this file
 
 
 def _read_builtin(name: str, rank: int, world_size: int) -> Iterator[tuple[str, str]]:
@@ -64,18 +90,21 @@ def _read_builtin(name: str, rank: int, world_size: int) -> Iterator[tuple[str, 
 
 
 def _read_files(pattern: str, rank: int, world_size: int, text: str = "text") -> Iterator[tuple[str, str]]:
-    paths = [pattern] if os.path.isfile(pattern) else sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    if not paths:
-        hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if os.path.isdir(pattern) else "check the path"
-        raise BadInput(f"no file matches file://{pattern}: {hint}")
+    paths = _match(pattern)
     readers = [_reader(path) for path in paths]  # an unknown extension is found before any work is done
-    by_file = len(paths) >= world_size
-    for number, (path, reader) in enumerate(zip(paths, readers)):
-        if not by_file:
-            first = (rank - number) % world_size  # of the documents of this file; shifted, so that short files do not all fall to rank 0
-            yield from reader(path, text, first, world_size)
-        elif number % world_size == rank:
-            yield from reader(path, text, 0, 1)
+    for number, first, step in _deal(len(paths), rank, world_size):
+        yield from readers[number](paths[number], text, first, step)
+
+
+def _match(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if os.path.isfile(path):
+        return [path]
+    paths = sorted({found for found in glob.glob(path, recursive=True) if os.path.isfile(found)})  # two ** find a file twice
+    if not paths:
+        hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
+        raise BadInput(f"no file matches file://{pattern}: {hint}")
+    return paths
 
 
 def _reader(path: str) -> Callable[[str, str, int, int], Iterator[tuple[str, str]]]:
@@ -88,7 +117,7 @@ def _reader(path: str) -> Callable[[str, str, int, int], Iterator[tuple[str, str
 def _read_txt(path: str, field: str, first: int, step: int) -> Iterator[tuple[str, str]]:
     if first % step == 0:
         try:
-            yield path, Path(path).read_bytes().decode()
+            yield path, Path(path).read_bytes().decode("utf-8-sig")  # Windows programs put a byte order mark in front
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise BadInput(f"{path}:{line}: invalid UTF-8: convert the file to UTF-8") from error
@@ -110,15 +139,11 @@ def _json_text(line: bytes, field: str, where: str) -> str:
         raise BadInput(f"{where}: invalid UTF-8: convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadInput(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits; brackets in brackets in brackets ...
+        raise BadInput(f"{where}: the line cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise BadInput(f"{where}: a line must hold a JSON object with the text in a field, not a {type(record).__name__}")
-    text = _field(record, field, where)
-    if isinstance(text, str) and not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell what UTF-8 cannot: "\ud800"
-            raise BadInput(f"{where}: half a surrogate pair in the text: it cannot be written as UTF-8") from error
-    return text
+    return _field(record, field, where)
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -171,11 +196,7 @@ def _read_hub(
         raise BadInput(f"hf://{path} is no folder: check the path, or write hf://OWNER/NAME for a dataset on the hub")
     try:
         dataset = datasets.load_dataset(path, name=name, data_dir=data_dir, split=split, streaming=True)
-        by_shard = dataset.num_shards >= world_size
-        for shard in range(dataset.num_shards):
-            if by_shard and shard % world_size != rank:
-                continue
-            first, step = (0, 1) if by_shard else ((rank - shard) % world_size, world_size)
+        for shard, first, step in _deal(dataset.num_shards, rank, world_size):
             for number, record in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
                 if number % step == first:
                     where = f"hf://{path}/{split}/{shard}:{number + 1}"

@@ -37,8 +37,8 @@ def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segme
         mask_BTS = (position_T[start:end, None] >= position_T[:end])[None]
         if segment_ids_BT is not None:
             mask_BTS = mask_BTS & (segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end])
-        scores_BKGTS = scores_BKQS.reshape(B, K, G, end - start, end)
-        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+        bias_BTS = jnp.where(mask_BTS, 0.0, jnp.finfo(jnp.float32).min)  # added, so that no mask of all heads' size is made
+        scores_BKGTS = scores_BKQS.reshape(B, K, G, end - start, end) + bias_BTS[:, None, None]
         # Softmax, divided by its sum only after the product with the values: T x H quotients instead of T x S.
         top = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
         weights_BKGTS = jnp.exp(scores_BKGTS - top)

@@ -27,6 +27,9 @@ class ModelConfig:
     scan_layers: bool = True
 
     def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise BadInput(f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}: choose one that is")
         if self.head_dim % 2:

@@ -94,9 +94,10 @@ class Llama(nn.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, rope_theta: jax.Array) -> jax.Array:
         """Final hidden states (B, T, D), normed, in `config.dtype`. Integer inputs are int32; `rope_theta` is a float32 scalar, traced."""
         c = self.config
-        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), c.dtype, name="embedding")()
+        # Looked up in float32, then cast: the other way round the gradients of frequent tokens are summed in 16 bits (8 % off for 1,900 of one).
+        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), "float32", name="embedding")()
         Weight((c.d_model, c.vocab_size), ("embed", "vocab"), c.dtype, name="head")()  # applied by the loss
-        hidden_BTD = constrain(embedding_VD[tokens_BT], HIDDEN)
+        hidden_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), HIDDEN)
         rope = rope_table(positions_BT, c.head_dim, rope_theta)
 
         block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=not c.scan_layers)

@@ -21,6 +21,11 @@ def thresholds(gates: Sequence[tuple[int, float, float]], step: int) -> tuple[fl
     return next(((go, stop) for at, go, stop in gates if at == step), None)
 
 
+def passed(workdir: pathlib.Path, step: int) -> bool:
+    """Whether the gate at a step has let this workdir's run go on."""
+    return read(workdir).get(str(step)) in ("go", "caution", "overridden")
+
+
 def read(workdir: pathlib.Path) -> dict[str, str]:
     """Step (as text) -> verdict, of the gates that this workdir has met."""
     path = workdir / "gates.json"

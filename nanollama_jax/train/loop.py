@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -50,7 +51,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         is_main = jax.process_index() == 0
         if is_main:
             cleanup.enter_context(lock(workdir))
-            (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
         metrics.set_up_logging(workdir, is_main)
 
         # ---- Build the mesh
@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in dict.fromkeys((*config.data.sources, *validated))}
         packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
         # The seed differs between stages, so that two with the same sources do not start with the same documents.
-        data_seed = config.seed + 1_000_003 * config.start_step
+        data_seed = (config.seed + 1_000_003 * config.start_step) % 2**31  # Grain's shuffles take 32 bits
         train_data = pipeline.train_batches(sources, dict(config.data.sources), tokenizer, batch_size=config.batch_size, seed=data_seed, **packing)
         batches = iter(train_data)
         cleanup.callback(batches.close)
@@ -91,7 +91,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         origin, origin_step = find_origin(config, workdir, model, about_data)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
+        if is_main:
+            settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
+            (workdir / "config.json").write_text(settled.to_json_best_effort(indent=1) + "\n")
         if origin is None:
+            (workdir / "gates.json").unlink(missing_ok=True)
             state = make_state()
         elif origin == workdir:
             state, position = checkpoints.restore(origin_step, shapes, shardings)
@@ -108,7 +112,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             model.dtype, model.remat, len(devices), devices[0].device_kind, *mesh.devices.shape,
         )  # fmt: skip
 
-        # ---- Compile
+        # ---- Report and compile
+        reporter = metrics.Reporter(
+            config, workdir, step=-1 if origin is None else step, flops_per_token=model.flops_per_token(config.seq_len),
+            device_kind=devices[0].device_kind, devices=len(devices), is_main=is_main,
+        )  # fmt: skip
+        cleanup.callback(reporter.close)
+        stop_requested = cleanup.enter_context(stop_signals())
         started = time.monotonic()
         objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
         update = functools.partial(
@@ -125,13 +135,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         log.info("%s: compiled in %.1f s", config.name, time.monotonic() - started)
 
         # ---- Train: metrics are fetched one step late, so that the device never waits for the host
-        reporter = metrics.Reporter(
-            config, workdir, step=step, flops_per_token=model.flops_per_token(config.seq_len),
-            device_kind=devices[0].device_kind, devices=len(devices), is_main=is_main,
-        )  # fmt: skip
-        cleanup.callback(reporter.close)
-        stop_requested = cleanup.enter_context(stop_signals())
         meter = Meter(reporter)
+
+        def gate_limits(step: int) -> tuple[float, float] | None:
+            """A gate at the step where a stage starts was the stage's before it."""
+            return gates.thresholds(config.gates.perplexity, step) if step > config.start_step else None
 
         def validate() -> float:
             theta = np.float32(rope_theta(step))
@@ -147,13 +155,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             checkpoints.save(step, state, batches.get_state(), about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
-            limits = gates.thresholds(config.gates.perplexity, step)
-            if limits is None or gates.read(workdir).get(str(step)) in ("go", "caution"):
+            limits = gate_limits(step)
+            if limits is None or gates.passed(workdir, step):
                 return
             perplexity = validate() if perplexity is None else perplexity
             decided = gates.verdict(perplexity, *limits)
             if is_main:
-                gates.record(workdir, step, decided)
+                gates.record(workdir, step, "overridden" if decided == "stop" and not config.gates.enforce else decided)
             text = f"gate at step {step}: validation perplexity {perplexity:.2f} (go below {limits[0]:g}, stop above {limits[1]:g}): {decided}"
             log.log({"go": 20, "caution": 30, "stop": 40}[decided], "%s", text)
             if decided == "stop" and config.gates.enforce:
@@ -162,7 +170,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         if step == 0:
             validate()
-        pass_gate(None)
+        pass_gate(None)  # one that held the run before
         meter.restart()
         while step < config.end_step:
             with meter.waiting_for_data():
@@ -175,14 +183,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             meter.take(step, step_metrics, {"batch_crc32": zlib.crc32(batch["tokens"]), "merged_documents": merged})
 
             stop = stop_requested(step % config.log_every == 0)
-            at_gate = gates.thresholds(config.gates.perplexity, step) is not None
+            at_gate = gate_limits(step) is not None
             to_validate = step % config.validation.every == 0 or step == config.end_step or at_gate
             to_save = step % config.checkpoint.every == 0 or step == config.end_step or at_gate or stop
             if to_validate or to_save:
                 meter.flush()
+                # In this order: what a checkpoint claims to have been validated is on record; a gate holds a run that is saved.
+                perplexity = validate() if to_validate and (not stop or step == config.end_step) else None
                 if to_save:
                     save()
-                perplexity = validate() if to_validate and not stop else None
                 if perplexity is not None:
                     pass_gate(perplexity)
                 meter.restart()
@@ -260,6 +269,7 @@ def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, a
     """The workdir and step to start from: the run's own latest checkpoint, else that of `config.init_from`, else (None, 0)."""
     if found := checkpoint.find(workdir):
         check_same(*found, model, about_data)
+        check_same_batches(*found, config)
         return found
     if config.init_from:
         found = checkpoint.find(config.init_from)
@@ -289,6 +299,17 @@ def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data:
             raise BadInput(f"the checkpoint in {workdir} was made with another {what}: choose another --workdir, or the {what} of before")
 
 
+def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> None:
+    """Refuses to go on with an iterator's position in another stream of batches: rows would be skipped or doubled."""
+    before, now = checkpoint.read_metadata(workdir, step)["config"], json.loads(config.to_json_best_effort())
+    keys = [("seed",), ("start_step",), ("seq_len",), ("batch_size",), ("data", "max_segments"), ("data", "sources")]
+    for key in keys:
+        old, new = (functools.reduce(lambda tree, name: tree[name], key, tree) for tree in (before, now))
+        if old != new:
+            name = ".".join(key)
+            raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
+
+
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:
     """The metadata of a checkpoint."""
     return {
@@ -306,8 +327,9 @@ def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: floa
 
 @functools.cache
 def git_commit() -> str:
-    here = pathlib.Path(__file__).parent
-    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if not shutil.which("git"):
+        return "unknown: git is not installed"
+    result = subprocess.run(["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown: not a git checkout"
 
 

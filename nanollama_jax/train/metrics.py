@@ -15,6 +15,8 @@ import rich.logging
 import rich.progress
 from ml_collections import ConfigDict
 
+from nanollama_jax.errors import BadInput
+
 log = logging.getLogger("nanollama")
 console = rich.console.Console(highlight=False)
 
@@ -68,7 +70,7 @@ class Reporter:
                 rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}"),
             )
             self._live = rich.progress.Progress(*columns, console=console, transient=True)
-            self._task = self._live.add_task(config.name, total=config.end_step, completed=step, line="")
+            self._task = self._live.add_task(config.name, total=config.end_step, completed=max(0, step), line="")
             self._live.start()
 
     def step(self, step: int, metrics: dict[str, float], *, seconds: float, data_seconds: float) -> None:
@@ -157,9 +159,11 @@ def start_wandb(config: ConfigDict, workdir: pathlib.Path):
     id_file = workdir / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
-    run = wandb.init(
-        project=config.wandb.project, name=config.name, id=run_id, resume="allow", dir=str(workdir), mode=config.wandb.mode, config=config.to_dict()
-    )
+    about = dict(project=config.wandb.project, name=config.name, config=config.to_dict(), dir=str(workdir))
+    try:
+        run = wandb.init(id=run_id, resume="allow", mode=config.wandb.mode, **about)
+    except wandb.errors.Error as error:
+        raise BadInput(f"W&B does not start ({error}): log in with `wandb login`, or set wandb.mode=offline") from error
     log.info("W&B run: %s", run.url or f"offline, in {run.dir}")
     return run
 

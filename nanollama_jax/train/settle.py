@@ -36,7 +36,7 @@ def settle(config: ConfigDict) -> ModelConfig:
     if c.rope.schedule not in ("ramp", "jump"):
         raise BadInput(f"rope.schedule={c.rope.schedule!r} is unknown: choose ramp or jump")
     if not c.data.sources:
-        raise BadInput("data.sources is empty: name at least one prepared corpus and its share, as --config.data.sources.NAME=1.0")
+        raise BadInput("data.sources is empty: name at least one prepared corpus and its share in the recipe")
     if c.data.max_segments < 1:
         raise BadInput(f"data.max_segments={c.data.max_segments}: a row holds at least one document")
     for name in ("log_every", "validation.every", "validation.tokens", "checkpoint.every", "checkpoint.keep_last", "loss.chunk_tokens"):
@@ -45,6 +45,9 @@ def settle(config: ConfigDict) -> ModelConfig:
             value = value[part]
         if value < 1:
             raise BadInput(f"{name}={value} must be at least 1")
+    for gate in c.gates.perplexity:
+        if not isinstance(gate, tuple) or len(gate) != 3 or not gate[1] <= gate[2]:
+            raise BadInput(f"gates.perplexity has {gate!r}: each is (step, go below, stop above)")
     if c.wandb.mode not in ("online", "offline", "disabled"):
         raise BadInput(f"wandb.mode={c.wandb.mode!r} is unknown: choose online, offline or disabled")
 

@@ -60,7 +60,8 @@ def train_step(
     accumulation: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state, and float32 scalars to log. Gradients are summed over micro-batches in float32 and divided once by the global weight, so
-    that neither the number of devices nor of micro-batches changes what is optimised. If loss or gradient is not finite, the update is
+    that neither the number of devices nor of micro-batches changes what is optimised (with 16-bit activations, layers' gradients are summed
+    over devices in 16 bits). If loss or gradient is not finite, the update is
     skipped and counted, and the state is otherwise that of before."""
     theta = rope_theta(state.step)
     gradient_of = jax.value_and_grad(objective, has_aux=True)

@@ -59,3 +59,22 @@ def test_another_process_with_another_hash_seed_builds_the_same():
 def test_an_unknown_name_is_refused():
     with pytest.raises(BadInput, match=r"builtin://nothing .* builtin://docs, builtin://code, builtin://reasoning"):
         builtin.read("nothing", 0, 1)
+
+
+def test_a_module_has_one_key_in_docs_and_code():
+    assert builtin.split_key("docs/numpy.linalg") == builtin.split_key("code/numpy.linalg") == "numpy.linalg"
+    assert builtin.split_key("topic/if") is builtin.split_key("description/numpy") is None
+
+
+def test_a_beginning_is_a_fair_sample_and_nothing_is_this_machines():
+    modules = [module for module, _ in builtin._modules(builtin.DOCS_PACKAGES)]
+    assert len({module.split(".")[0] for module in modules if module.startswith(("jax.", "numpy.", "optax.", "orbax."))}) == 4
+    assert {"jax", "matplotlib", "numpy"} <= {module.split(".")[0] for module in modules[:100]}
+    assert not [module for module in modules if "_sysconfigdata" in module or "config-" in module or "__config__" in module]
+
+
+def test_only_pinned_packages_are_read():
+    with open("requirements.txt") as file:
+        pinned = {line.split("==")[0].split("[")[0].replace("_", "-") for line in file if "==" in line}
+    read = {package.replace(".", "-") for package in builtin.DOCS_PACKAGES + builtin.CODE_PACKAGES} - {builtin.STANDARD_LIBRARY}
+    assert read | set(builtin.DESCRIBED) <= pinned

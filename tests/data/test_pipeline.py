@@ -158,6 +158,10 @@ def test_a_batch_is_not_one_long_document(corpus):
     assert starts_within_a_document >= 7 and any((row != batch["tokens"][i]).any() for i, row in enumerate(in_order))
 
 
+def test_seeds_of_the_longest_curriculum_are_taken(corpus):
+    next(iter(batches_of(corpus, {"short": 1.0, "long": 1.0}, seed=2**31 - 1)))
+
+
 def test_seed_decides_the_order(corpus):
     a, b, c = (next(iter(batches_of(corpus, {"long": 1.0}, seed=seed))) for seed in (0, 0, 1))
     assert_same([a], [b])

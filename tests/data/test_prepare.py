@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import sentencepiece
 from array_record.python.array_record_module import ArrayRecordReader
+from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from nanollama_jax import tokenizer
-from nanollama_jax.data import prepare
+from nanollama_jax.data import executor, prepare
 from nanollama_jax.errors import BadInput
 
 WORDS = ["the", "model", "reads", "a", "document", "and", "learns", "to", "predict", "what", "follows.\n\n", "   return", "value", "==", "None\n"]
@@ -109,11 +110,22 @@ def test_the_same_text_is_always_on_the_same_side(corpus, model, tmp_path):
     assert all(side.count(ids) == 2 for side in sides.values() for ids in set(side))
 
 
-def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared):
+def test_a_split_key_decides_instead_of_the_text(model, tmp_path, monkeypatch):
+    documents = [Document(text=f"text {i}", id=str(i), metadata={"split_key": str(i // 20)}) for i in range(200)]
+    (tmp_path / "logs/shards").mkdir(parents=True)
+    list(prepare.WriteTokens(tmp_path, tokenizer.Tokenizer(model), 0.5, 10**6).run(documents))
+    shards = json.loads((tmp_path / "logs/shards/00000.json").read_text())
+    counts = [sum(shard["documents"] for shard in shards[split]) for split in prepare.SPLITS]
+    assert sum(counts) == 200 and min(counts) > 0 and counts[0] % 20 == 0
+
+
+def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(prepare.PoolExecutor, "run", refuse)
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
-    start = time.monotonic()
     assert run(corpus, model, prepared, workers=1) == prepare.load_manifest(prepared)
-    assert time.monotonic() - start < 1, "a worker was started"
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
 
 
@@ -147,10 +159,9 @@ def start(script, *arguments, **options) -> subprocess.Popen:
 def test_kill_9_then_the_same_command_gives_the_same_bytes(big_corpus, model, tmp_path):
     assert start(tmp_path / "run.py", big_corpus, model, tmp_path / "undisturbed").wait() == 0
     killed = tmp_path / "killed"
-    for sign in ("train-*.array_record", "logs/completions/*"):
+    for sign in ("*.tmp", "logs/completions/*"):  # the first file begun; the first rank done, of six on two workers
         process = start(tmp_path / "run.py", big_corpus, model, killed)
-        seen = len(list(killed.glob(sign)))
-        while len(list(killed.glob(sign))) <= seen:
+        while not list(killed.glob(sign)):
             assert process.poll() is None, "finished before it could be killed"
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
@@ -177,7 +188,7 @@ def test_workers_die_with_a_killed_parent(big_corpus, model, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+    while any(_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker lives on and would write into its successor's shards"
         time.sleep(0.01)
 
@@ -191,6 +202,13 @@ def test_a_killed_worker_is_one_line_and_not_a_hang(big_corpus, model, tmp_path)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "was killed (out of memory?): run the same command" in stderr and stderr.count("\n") == 1, stderr
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a container's init may not reap
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _children(pid: int) -> list[int]:
@@ -255,6 +273,8 @@ def test_a_damaged_shard_is_named(corpus, model, tmp_path):
     shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     prepare.verify_shards(tmp_path, manifest)
     with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
+        run(corpus, model, tmp_path)
+    with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
         prepare.verify_shards(tmp_path, manifest, checksums=True)
     shard.write_bytes(whole[:-1])
     with pytest.raises(BadInput, match=f"{shard.name} has .* bytes where"):
@@ -262,6 +282,63 @@ def test_a_damaged_shard_is_named(corpus, model, tmp_path):
     shard.unlink()
     with pytest.raises(BadInput, match=f"{shard.name} is missing"):
         prepare.verify_shards(tmp_path, manifest)
+
+
+def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(corpus.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.PoolExecutor, "run", interrupt)
+        with pytest.raises(BadInput, match="^stopped; run the same command to go on$"):
+            run(tmp_path / "*.jsonl", model, tmp_path / "out")
+    (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
+    with pytest.raises(BadInput, match=r"another list of files than .* now matches \(2 then, 2 now\): remove"):
+        run(tmp_path / "*.jsonl", model, tmp_path / "out")
+    (tmp_path / "c.jsonl").rename(tmp_path / "b.jsonl")
+    run(tmp_path / "*.jsonl", model, tmp_path / "out")
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(BadInput, match=r"\(2 then, 1 now\)"):
+        run(tmp_path / "*.jsonl", model, tmp_path / "out")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_empty_split_is_refused(model, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(BadInput, match=r"has 2 documents and none fell into validation at .*=1e-09: raise data\.validation_fraction and remove"):
+        run(tmp_path / "a.jsonl", model, tmp_path / "out", validation_fraction=1e-9, tasks=1)
+    with pytest.raises(BadInput, match=r"none fell into train at .*: lower data\.validation_fraction and remove"):
+        run(tmp_path / "a.jsonl", model, tmp_path / "other", validation_fraction=1 - 1e-9, tasks=1)
+
+
+def test_shards_that_the_manifest_does_not_name_are_removed(corpus, model, prepared, tmp_path):
+    for name in ("train-00000-099.array_record", "train-00000-098.array_record.tmp"):
+        (tmp_path / name).write_text("left by a killed rank")
+    run(corpus, model, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+class TakesTwo(Exception):
+    """Pickles, and cannot be built again."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def test_an_exception_that_cannot_be_pickled_is_not_a_killed_worker():
+    class Executor:
+        def _run_for_rank(self, *_):
+            raise TakesTwo("what went wrong", 2)
+
+    with pytest.raises(RuntimeError, match=r"TakesTwo\('what went wrong'\)"):
+        executor._run_rank(Executor(), 0)
+
+
+def test_cores_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert prepare._cores() == os.cpu_count()
 
 
 def test_an_empty_source_is_refused(model, tmp_path):

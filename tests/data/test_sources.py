@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanollama_jax.data import sources
 from nanollama_jax.data.sources import read_documents
 from nanollama_jax.errors import BadInput
 
@@ -62,6 +63,37 @@ def test_files_are_dealt_whole_where_there_are_enough(tmp_path):
     assert [document.id for document in read_documents(f"file://{tmp_path}/*.jsonl", 3, 4)] == [f"{tmp_path}/3.jsonl:1", f"{tmp_path}/3.jsonl:2"]
 
 
+@pytest.mark.parametrize("world_size", [3, 4, 7, 64])
+def test_each_rank_opens_one_file_where_there_are_fewer_than_ranks(tmp_path, monkeypatch, world_size):
+    for i in range(3):
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(20)))
+    opened, open_file = [], sources._open
+    monkeypatch.setattr(sources, "_open", lambda path: opened.append(path) or open_file(path))
+    ranks = [read_texts(f"file://{tmp_path}/*.jsonl", rank, world_size) for rank in range(world_size)]
+    assert opened == [f"{tmp_path}/{rank % 3}.jsonl" for rank in range(world_size)]
+    assert sorted(itertools.chain(*ranks)) == sorted(f"{i} {j}" for i in range(3) for j in range(20))
+
+
+def test_home_two_double_stars_plus_and_byte_order_mark(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.txt").write_bytes(b"\xef\xbb\xbfonce")
+    (tmp_path / "c++.jsonl").write_text('{"c++": "plus"}\n')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_texts(f"file://{tmp_path}/**/**/x.txt") == ["once"]
+    assert read_texts("file://~/c++.jsonl?text=c++") == ["plus"]
+
+
+def test_half_a_surrogate_pair_is_refused_from_any_scheme(monkeypatch):
+    monkeypatch.setattr(sources.builtin, "read", lambda *_: iter([("docs/x", "a\ud800")]))
+    assert "builtin://docs/x: half a surrogate pair" in read_error("builtin://docs")
+
+
+def test_builtin_documents_of_a_module_go_to_the_same_side(monkeypatch):
+    monkeypatch.setattr(sources.builtin, "read", lambda name, *_: iter([(f"{name}/x.y", "text")]))
+    for name, metadata in (("docs", {"split_key": "x.y"}), ("code", {"split_key": "x.y"}), ("reasoning", {})):
+        assert [document.metadata for document in read_documents(f"builtin://{name}", 0, 1)] == [metadata]
+
+
 def test_relative_paths_question_marks_and_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "part-1.jsonl").write_text('{"body": "one"}\n')
@@ -84,6 +116,8 @@ def test_documents_without_visible_text_are_passed_over(tmp_path):
         (b'{"text": "a\\u0000b"}', "a.jsonl:2: .*NUL"),
         (b'{"text": "\\ud800"}', "a.jsonl:2: half a surrogate pair"),
         (b'{"text": "cut o', "a.jsonl:2: malformed JSON: .* at column 10"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl:2: the line cannot be read: .*4300"),
+        (b'{"n": ' + b"[" * 100_000, "a.jsonl:2: the line cannot be read: .*recursion"),
         (b'["text"]', "a.jsonl:2: .*not a list"),
         (b'{"title": "t", "body": "b"}', "a.jsonl:2: no field 'text': choose one of title, body"),
         (b'{"text": null}', "a.jsonl:2: .*NoneType"),
@@ -137,7 +171,9 @@ def test_a_url_that_reads_nothing_says_why(tmp_path):
     assert "no field 'text': choose one of body" in read_error(f"file://{tmp_path}/b.parquet")
 
 
-def test_a_local_folder_in_the_hubs_layout(tmp_path):
+def test_a_local_folder_in_the_hubs_layout(tmp_path, monkeypatch):
+    import datasets
+
     folder = tmp_path / "hub" / "data"
     folder.mkdir(parents=True)
     for shard in range(3):
@@ -149,6 +185,12 @@ def test_a_local_folder_in_the_hubs_layout(tmp_path):
         ranks = [list(read_documents(url, rank, world_size)) for rank in range(world_size)]
         assert {d.id: d.text for rank in ranks for d in rank} == {d.id: d.text for d in read_documents(url, 0, 1)}
         assert sum(map(len, ranks)) == 50 and min(map(len, ranks)) > 0
+    opened = []
+    shard = datasets.IterableDataset.shard
+    monkeypatch.setattr(datasets.IterableDataset, "shard", lambda self, *, num_shards, index: opened.append(index) or shard(self, num_shards, index))
+    for rank in range(5):
+        read_texts(url, rank, 5)
+    assert opened == [0, 1, 2, 0, 1], "a rank opened more than one file"
     assert "no field 'text': choose one of content, license" in read_error(f"hf://{tmp_path}/hub")
     assert "cannot be read" in read_error(f"hf://{tmp_path}/hub?split=test&text=content")
     assert "is no folder" in read_error(f"hf://{tmp_path}/absent")

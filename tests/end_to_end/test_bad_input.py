@@ -3,17 +3,24 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.data.prepare import train_tokenizer_for
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
         ("--config.optimizer.peak_lrr=1", "peak_lrr"),
+        ("--config.nonsense=1", "no such name in this config: nonsense"),
+        ("--config.model.num_kv_heads=0", "at least 1"),
+        ("--config.gates.perplexity=((5, 1.0),)", "go below"),
+        ("--num_processes=2", "--process_id"),
+        ("--workdir=main.py", "main.py"),
         ("--config.optimizer.peak_lr=fast", "peak_lr"),
         ("--config.batch_size=9", "tokens_per_step"),
         ("--config.accumulation=3", "accumulation=3"),
@@ -37,10 +44,13 @@ def test_a_mistake_on_the_command_line(lab, tmp_path, flag, says):
     assert checkpoint.find(tmp_path / "run") is None
 
 
-def test_an_unknown_scale_and_a_missing_config(lab):
-    for config in ("configs/phase1.py:7b", "configs/absent.py"):
-        result = subprocess.run(["python", "main.py", "--config", config], capture_output=True, text=True, check=False)
-        assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+def test_a_recipe_that_does_not_load_and_help():
+    for command in ("main.py", "tools/prepare_data.py"):
+        for flags in (["--config", "configs/phase1.py:7b"], ["--config", "configs/absent.py"], ["--config=configs/phase1.py", "--config.nope=1"], []):
+            result = subprocess.run([sys.executable, command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    result = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "python main.py --config configs/curriculum.py:nano" in result.stdout and "--workdir" in result.stdout
 
 
 def test_two_devices_cannot_split_an_odd_batch(lab, tmp_path):
@@ -83,6 +93,18 @@ def test_a_workdir_of_another_model_is_refused_and_kept(lab, undisturbed):
     before = checkpoint.find(undisturbed / "phase1")
     said = lab.run("phase1", undisturbed / "phase1", "--config.model.d_model=64", expect=2)
     assert "d_model=32 (config: 64)" in said and checkpoint.find(undisturbed / "phase1") == before
+
+
+@pytest.mark.parametrize("flag", ["seed=7", "data.max_segments=3", "data.sources.docs=2.0"])
+def test_other_batches_than_before_are_refused(lab, undisturbed, flag):
+    before = (undisturbed / "phase1" / "config.json").read_bytes()
+    assert flag.split("=")[0] in lab.run("phase1", undisturbed / "phase1", f"--config.{flag}", expect=2)
+    assert (undisturbed / "phase1" / "config.json").read_bytes() == before
+
+
+def test_a_later_stage_that_cannot_be_is_refused_at_once(lab, tmp_path):
+    said = lab.run("curriculum", tmp_path, "--config.stages.phase3.batch_size=7", expect=2)
+    assert "tokens_per_step" in said and not list(tmp_path.iterdir())
 
 
 def test_a_stage_that_does_not_start_where_the_other_stands(lab, undisturbed, tmp_path):

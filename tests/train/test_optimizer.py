@@ -10,6 +10,7 @@ from nanollama_jax import sharding
 from nanollama_jax.curriculum import stage_config, stage_names
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.train import optimizer, step
+from nanollama_jax.train.settle import settle
 
 
 def test_wsd_of_the_1b_curriculum():
@@ -57,6 +58,16 @@ def test_every_scale_has_the_recipe_proportions(scale):
     assert config.schedule.decay_start == stages[-1].start_step and config.schedule.total_steps == total
     model = config.model
     assert model.d_model % 256 == model.ffn_dim % 256 == 0
+
+
+@pytest.mark.parametrize("scale", common.MODELS)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_stage_of_every_scale_is_accepted_on_one_device_and_two(scale, devices, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    config = get_config(scale)
+    for name in stage_names(config):
+        model = settle(stage_config(config, name, ""))
+        assert (model.dtype, model.attention) == ("float32", "xla")
 
 
 def test_1b_figures():
