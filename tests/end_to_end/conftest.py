@@ -12,7 +12,7 @@ import pytest
 
 from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.train.metrics import read_rows
-from tests.conftest import ROOT
+from tests.conftest import COMPILE_FAST, ROOT
 
 MODEL = ["num_layers=2", "d_model=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "ffn_dim=64", "vocab_size=320"]
 STAGES = {"phase1": (0, 40, 32, 8), "phase2_8k": (40, 60, 64, 4), "phase2_16k": (60, 70, 128, 2), "phase3": (70, 80, 32, 8)}
@@ -31,7 +31,7 @@ class Lab:
         set_to += [f"data.dir={self.root}", f"tokenizer.path={self.root}/tokenizer.model", "data.validation_fraction=0.1", "data.prepare_tasks=2"]
         set_to += [f"corpora.{name}.url=file://{self.root}/{name}.jsonl" for name in SOURCES]
         set_to += ["schedule.total_steps=80", "schedule.decay_start=70", "schedule.warmup_steps=5", "validation.every=40", "validation.tokens=512"]
-        set_to += ["checkpoint.every=6", "gates.perplexity=()", "loss.chunk_tokens=128"]
+        set_to += ["checkpoint.every=6", "model.scan_layers=True", "gates.perplexity=()", "loss.chunk_tokens=128"]
         for name, (start, end, seq_len, batch) in STAGES.items():
             stage = dict(start_step=start, end_step=end, seq_len=seq_len, batch_size=batch, tokens_per_step=256)
             at = f"stages.{name}." if recipe == "curriculum" else "" if recipe == name else None
@@ -43,7 +43,7 @@ class Lab:
 
     def start(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1) -> subprocess.Popen:
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILE_FAST}",
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "jax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

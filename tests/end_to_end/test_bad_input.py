@@ -98,7 +98,7 @@ def test_a_workdir_of_another_model_is_refused_and_kept(lab, undisturbed):
 @pytest.mark.parametrize("flag", ["seed=7", "data.max_segments=3", "data.sources.docs=2.0"])
 def test_other_batches_than_before_are_refused(lab, undisturbed, flag):
     before = (undisturbed / "phase1" / "config.json").read_bytes()
-    assert flag.split("=")[0] in lab.run("phase1", undisturbed / "phase1", f"--config.{flag}", expect=2)
+    assert flag.split("=")[0].removesuffix(".docs") in lab.run("phase1", undisturbed / "phase1", f"--config.{flag}", expect=2)
     assert (undisturbed / "phase1" / "config.json").read_bytes() == before
 
 

@@ -46,11 +46,12 @@ def last_logged_step(curriculum):
     return max((row["step"] for name in STAGES for row in read_rows(curriculum / name / "metrics.jsonl")), default=0)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp_path, seed):
+def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp_path):
     """One of the three kills falls near the boundary of phase 1 and phase 2, where a stage starts from another's checkpoint."""
-    chance = random.Random(seed)
-    for at in sorted([chance.randrange(3, 35), chance.randrange(38, 44), chance.randrange(45, 76)]):
+    chance = random.Random()
+    kills = sorted([chance.randrange(3, 35), chance.randrange(38, 44), chance.randrange(45, 76)])
+    print("killed at steps", kills)  # shown if this fails
+    for at in kills:
         process = lab.start("curriculum", tmp_path)
         wait_for_step(process, tmp_path, at)
         process.kill()
@@ -109,14 +110,14 @@ def assert_close(workdir, other, name):
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5 if step <= 40 else 1e-3), step
 
 
-@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2)])
-def test_goes_on_with_another_number_of_devices(lab, undisturbed, tmp_path, before, now):
-    process = lab.start("curriculum", tmp_path, devices=before)
+def test_goes_on_with_another_number_of_devices(lab, undisturbed, tmp_path):
+    """1 to 2; 2 to 1 is below, with processes."""
+    process = lab.start("curriculum", tmp_path)
     wait_for_step(process, tmp_path, 8)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    output = lab.run("curriculum", tmp_path, devices=now)
-    assert "resumed from" in output and f"on {now} cpu" in output
+    output = lab.run("curriculum", tmp_path, devices=2)
+    assert "resumed from" in output and "on 2 cpu" in output
     for name in STAGES:
         assert_close(tmp_path, undisturbed, name)
 
