@@ -10,6 +10,7 @@ import pytest
 from nanollama_jax import checkpoint
 from nanollama_jax.data.prepare import train_tokenizer_for
 from tests.conftest import ROOT
+from tests.end_to_end.conftest import SOURCES
 
 
 @pytest.mark.parametrize(
@@ -59,11 +60,11 @@ def test_two_devices_cannot_split_an_odd_batch(lab, tmp_path):
 
 
 def test_a_truncated_shard_is_named(lab, tmp_path):
-    shutil.copytree(lab.root / "docs", tmp_path / "docs")
+    for name in SOURCES:
+        shutil.copytree(lab.root / name, tmp_path / name)
     shard = next((tmp_path / "docs").glob("train-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    flags = [f"--config.data.dir={tmp_path}", "--config.data.validation=('docs',)"]
-    assert shard.name in lab.run("phase1", tmp_path / "run", *flags, expect=2)
+    assert shard.name in lab.run("phase1", tmp_path / "run", f"--config.data.dir={tmp_path}", expect=2)
 
 
 def test_another_tokenizer_than_the_data_s(lab, tmp_path):
