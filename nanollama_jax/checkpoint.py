@@ -7,12 +7,13 @@ leaves the last whole one.
 """
 
 import base64
-import dataclasses
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -69,23 +70,16 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _disk_full_is_bad_input(self):
-        return _DiskFullIsBadInput(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DiskFullIsBadInput:
-    checkpoints: Checkpoints
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        # TensorStore reports a full disk as a ValueError that quotes the operating system
-        if error is not None and (getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)):
+    @contextlib.contextmanager
+    def _disk_full_is_bad_input(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # TensorStore reports a full disk as a ValueError that quotes the operating system
+            if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+                raise
             raise BadInput(
-                f"the disk of {self.checkpoints.directory} is full: free some space and run the same command again; "
-                f"it goes on from step {self.checkpoints.latest_step()}"
+                f"the disk of {self.directory} is full: free some space and run the same command again; it goes on from step {self.latest_step()}"
             ) from error
 
 
