@@ -8,6 +8,7 @@ leaves the last whole one.
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -17,9 +18,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from nanollama_jax.errors import BadInput
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import unstack_layers
+from nanollama_jax.tokenizer import Tokenizer
 
 FOLDER = "checkpoints"
 
@@ -98,3 +103,67 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint that `find` found."""
     return json.loads((pathlib.Path(workdir) / FOLDER / f"step_{step}" / "metadata" / "metadata").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model to use: what a checkpoint says about itself, without the optimizer's state."""
+
+    model: ModelConfig  # layers unrolled
+    params: dict[str, Any]  # float32, on the host, layers unrolled
+    tokenizer: Tokenizer
+    metadata: dict[str, Any]
+    path: pathlib.Path
+
+    @property
+    def rope_theta(self) -> float:
+        return self.metadata["rope_theta"]
+
+    @property
+    def context_length(self) -> int:
+        """The longest row that the model was trained on, tokens."""
+        return self.metadata["context_length"]
+
+
+def load(path: str | os.PathLike) -> Loaded:
+    """Opens a checkpoint for use: `WORKDIR/checkpoints/step_N`, or the latest of a workdir, or of the last stage of a curriculum's workdir.
+
+    Raises BadInput if there is none, or it is not whole.
+    """
+    path = pathlib.Path(path)
+    stages = [path] if find(path) else [stage for stage in path.glob("*/") if find(stage)]
+    if not stages:
+        raise BadInput(_why_none(path))
+    workdir, step = max((find(stage) for stage in stages), key=lambda found: found[1])
+    folder = (workdir / FOLDER / f"step_{step}").absolute()
+    try:
+        metadata = read_metadata(workdir, step)
+        model_bytes = base64.b64decode(json.loads((folder / "tokenizer" / "metadata").read_text())["sentencepiece_model_base64"])
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            shapes = {"params": checkpointer.metadata(folder / "state").item_metadata.tree["params"]}
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+            restore = ocp.args.PyTreeRestore(item=target, restore_args=on_host, partial_restore=True)
+            params = checkpointer.restore(folder / "state", args=restore)["params"]
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(f"{folder} is damaged, or no checkpoint of this program: {' '.join(str(error).split())[:300]}") from error
+    model = ModelConfig(**metadata["model"] | dict(scan_layers=False, remat="none"))
+    return Loaded(model, unstack_layers(params), Tokenizer(folder, model_bytes), metadata, folder)
+
+
+def save_weights(loaded: Loaded, workdir: str | os.PathLike) -> pathlib.Path:
+    """A checkpoint without optimizer state, at step 0: what `config.init_from` and every tool can start from. Raises BadInput if there is one."""
+    if find(workdir):
+        raise BadInput(f"{workdir} has a checkpoint already: choose another folder")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        metadata = loaded.metadata | {"weights_only": True, "step": 0}
+        checkpoints.save(0, {"params": loaded.params}, {}, metadata, loaded.tokenizer.model_bytes)
+    return pathlib.Path(workdir) / FOLDER / "step_0"
+
+
+def _why_none(path: pathlib.Path) -> str:
+    if not path.is_dir():
+        return f"{path}: there is no such folder; give a workdir that main.py trained in, or one of its {FOLDER}/step_N"
+    if ".orbax-checkpoint-tmp" in path.name or any(path.glob(f"**/{FOLDER}/*.orbax-checkpoint-tmp*")):
+        return f"{path}: its first checkpoint is still being written (or its writing was cut short): wait for it, or name another"
+    return f"{path} holds no checkpoint; give a workdir that main.py trained in, or one of its {FOLDER}/step_N"

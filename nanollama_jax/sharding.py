@@ -79,8 +79,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a (B, T) array, split over every device."""
-    return NamedSharding(mesh, P(BATCH, None))
+    """The rows of an array, its first axis, split over every device."""
+    return NamedSharding(mesh, P(BATCH))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

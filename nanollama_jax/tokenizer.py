@@ -93,10 +93,11 @@ def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:
 class Tokenizer:
     """A SentencePiece model. Control ids (BOS, EOS) never come from text: "<s>" is encoded as the characters it is."""
 
-    def __init__(self, path: str | os.PathLike):
-        """Raises `BadInput` if `path` is missing, is no SentencePiece model, or has no BOS or EOS."""
+    def __init__(self, path: str | os.PathLike, model_bytes: bytes | None = None):
+        """Reads `path`; with `model_bytes`, the contents, `path` only names them. Raises `BadInput` if there is no such file, or it is no
+        SentencePiece model, or has no BOS or EOS."""
         try:
-            self._load(Path(path).read_bytes())
+            self._load(Path(path).read_bytes() if model_bytes is None else model_bytes)
         except OSError as error:
             raise BadInput(f"tokenizer {path}: {error.strerror}: give the path of a SentencePiece .model file") from error
         except RuntimeError as error:

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from nanollama_jax import sharding
+from tests.trained import trained  # noqa: F401  a fixture
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT / "../shared/data"

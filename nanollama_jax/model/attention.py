@@ -4,10 +4,19 @@ Backends: `xla` materialises the scores in float32 and is the oracle and the CPU
 Ampere, 16-bit). A mask is never handed to cuDNN: jax turns it into a dense bias, and before 0.11.2 its backward pass builds a dense gradient of it.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from nanollama_jax.model.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    """One layer's keys (rotated) and values of up to S tokens, (B, K, S, H) each: token i of a row lies in slot i."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Array:
@@ -47,3 +56,26 @@ def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segme
         mixed = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, v_BKSH[:, :, :end], preferred_element_type=jnp.float32)
         out.append((mixed.reshape(B, K, G, end - start, H) / sums).astype(v_BKSH.dtype))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def prefill_cache(k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache) -> KVCache:
+    """The cache with the first T tokens of each row written."""
+    written = (new_BTKH.swapaxes(1, 2).astype(old.dtype) for new_BTKH, old in zip((k_BTKH, v_BTKH), cache, strict=True))
+    return KVCache(*(jax.lax.dynamic_update_slice(old, new, (0, 0, 0, 0)) for new, old in zip(written, cache, strict=True)))
+
+
+def decode_attention(q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, positions_B1: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Attention output (B, 1, N, H) of one new token a row, at `positions_B1`, over itself and the cached tokens before it, and the cache with it.
+
+    What slots after a row's position hold is masked, not assumed to be zero: rows of unequal length are padded on the right.
+    """
+    B, _, N, H = q_B1NH.shape
+    K, S = cache.k_BKSH.shape[1:3]
+    rows = jnp.arange(B)
+    cache = KVCache(*(old.at[rows, :, positions_B1[:, 0]].set(new[:, 0].astype(old.dtype)) for old, new in zip(cache, (k_B1KH, v_B1KH), strict=True)))
+    q_BKGH = (q_B1NH * jnp.asarray(H**-0.5, q_B1NH.dtype)).reshape(B, K, N // K, H)
+    scores_BKGS = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, cache.k_BKSH, preferred_element_type=jnp.float32)
+    visible_BS = jnp.arange(S) <= positions_B1
+    weights_BKGS = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores_BKGS, jnp.finfo(jnp.float32).min), axis=-1)
+    out_BKGH = jnp.einsum("BKGS,BKSH->BKGH", weights_BKGS.astype(cache.v_BKSH.dtype), cache.v_BKSH, preferred_element_type=jnp.float32)
+    return out_BKGH.astype(q_B1NH.dtype).reshape(B, 1, N, H), cache

@@ -2,12 +2,15 @@
 full-size logits never exist in training (`train/losses.py`); `logits` is for everything else.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import with_logical_constraint as constrain
 
-from nanollama_jax.model.attention import attend
+from nanollama_jax.model.attention import KVCache, attend, decode_attention, prefill_cache
 from nanollama_jax.model.config import ModelConfig
 from nanollama_jax.model.rope import apply_rope, rope_table
 
@@ -23,14 +26,15 @@ class Weight(nn.Module):
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    dtype: str
+    dtype: str | None  # None: as stored
     stddev: float = INIT_STDDEV
 
     @nn.compact
     def __call__(self) -> jax.Array:
         # jax's truncated_normal(stddev) sets the scale before truncation at 2 sigma, as torch's trunc_normal_ at +-2*std does
         init = nn.with_logical_partitioning(nn.initializers.truncated_normal(self.stddev), self.axes)
-        return self.param("kernel", init, self.shape, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", init, self.shape, jnp.float32)
+        return kernel if self.dtype is None else kernel.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -49,15 +53,24 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array], cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """With a cache, one token a row goes on from what is cached; more are the beginning of each row, and are written to it."""
         c = self.config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         q_BTNH = project(x_BTD, Weight((D, N, H), ("embed", "heads", "head_dim"), c.dtype, name="q")())
         k_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="k")())
         v_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="v")())
-        out_BTNH = attend(apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH, segment_ids_BT, c)
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        self.sow("intermediates", "q_and_k", (q_BTNH, k_BTKH))  # for attention maps; nothing unless asked for
+        if cache is not None and x_BTD.shape[1] == 1:
+            out_BTNH, cache = decode_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache)
+        else:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, c)
+            cache = cache and prefill_cache(k_BTKH, v_BTKH, cache)
         o_NHD = Weight((N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o")()
-        return project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D))
+        return project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D)), cache
 
 
 class FeedForward(nn.Module):
@@ -77,25 +90,43 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        """Pre-norm attention, then pre-norm feed-forward. The None is what `nn.scan` collects per layer: nothing."""
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Pre-norm attention, then pre-norm feed-forward. The cache is None in training: what `nn.scan` collects per layer is nothing."""
         c = self.config
         hidden_BTD = constrain(hidden_BTD, HIDDEN)
-        hidden_BTD += Attention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm")(hidden_BTD), segment_ids_BT, rope)
-        hidden_BTD = constrain(hidden_BTD, HIDDEN)
+        normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(hidden_BTD)
+        attended_BTD, cache = Attention(c, name="attention")(normed_BTD, positions_BT, segment_ids_BT, rope, cache)
+        hidden_BTD = constrain(hidden_BTD + attended_BTD, HIDDEN)
         hidden_BTD += FeedForward(c, name="ffn")(RMSNorm(c.norm_eps, name="ffn_norm")(hidden_BTD))
-        return constrain(hidden_BTD, HIDDEN), None
+        return constrain(hidden_BTD, HIDDEN), cache
 
 
 class Llama(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, rope_theta: jax.Array) -> jax.Array:
-        """Final hidden states (B, T, D), normed, in `config.dtype`. Integer inputs are int32; `rope_theta` is a float32 scalar, traced."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        rope_theta: jax.Array,
+        caches: tuple[KVCache, ...] | None = None,
+    ) -> jax.Array | tuple[jax.Array, tuple[KVCache, ...]]:
+        """Final hidden states (B, T, D), normed, in `config.dtype`. Integer inputs are int32; `rope_theta` is a float32 scalar, traced.
+
+        With `caches`, one a layer and the layers unrolled, returns `(hidden, caches)`: see `Attention`.
+        """
         c = self.config
-        # Looked up in float32, then cast: the other way round the gradients of frequent tokens are summed in 16 bits (8 % off for 1,900 of one).
-        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), "float32", name="embedding")()
+        # Looked up in float32, then cast: else gradients of frequent tokens are summed in 16 bits (8 % off for 1,900 of one)
+        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), None, name="embedding")()
         Weight((c.d_model, c.vocab_size), ("embed", "vocab"), c.dtype, name="head")()  # applied by the loss
         hidden_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), HIDDEN)
         rope = rope_table(positions_BT, c.head_dim, rope_theta)
@@ -110,11 +141,15 @@ class Llama(nn.Module):
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            hidden_BTD, _ = layers(c, name="layers")(hidden_BTD, segment_ids_BT, rope)
+            hidden_BTD, _ = layers(c, name="layers")(hidden_BTD, positions_BT, segment_ids_BT, rope)
         else:
+            updated = []
             for i in range(c.num_layers):
-                hidden_BTD, _ = block(c, name=f"layers_{i}")(hidden_BTD, segment_ids_BT, rope)
-        return RMSNorm(c.norm_eps, name="final_norm")(hidden_BTD)
+                cache = caches and caches[i]
+                hidden_BTD, cache = block(c, name=f"layers_{i}")(hidden_BTD, positions_BT, segment_ids_BT, rope, cache)
+                updated.append(cache)
+        hidden_BTD = RMSNorm(c.norm_eps, name="final_norm")(hidden_BTD)
+        return hidden_BTD if caches is None else (hidden_BTD, tuple(updated))
 
 
 def project(x_BTD: jax.Array, weight: jax.Array) -> jax.Array:
@@ -133,3 +168,18 @@ def logits(config: ModelConfig, params, tokens_BT, positions_BT, segment_ids_BT,
     """Logits (B, T, V) float32 of whole rows; `params` is the unboxed tree under "params"."""
     hidden_BTD = Llama(config).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, jnp.float32(rope_theta))
     return jnp.einsum("BTD,DV->BTV", hidden_BTD, params["head"]["kernel"].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameter tree as unrolled layers (`layers_0`, `layers_1`, ...) have it, from that of scanned ones; an unrolled one as it is."""
+    if "layers" not in params:
+        return params
+    num_layers = params["layers"]["ffn_norm"]["scale"].shape[0]
+    layers = {f"layers_{i}": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"]) for i in range(num_layers)}
+    return {name: value for name, value in params.items() if name != "layers"} | layers
+
+
+def stack_layers(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The inverse of `unstack_layers`, on the host."""
+    layers = jax.tree.map(lambda *each: np.stack(each), *(params[f"layers_{i}"] for i in range(num_layers)))
+    return {name: value for name, value in params.items() if not name.startswith("layers_")} | {"layers": layers}

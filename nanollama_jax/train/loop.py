@@ -26,6 +26,7 @@ from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import gates, metrics, objectives, optimizer
 from nanollama_jax.train import step as steps
@@ -89,6 +90,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
         about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: sources[k] for k in config.data.sources})}
         origin, origin_step = find_origin(config, workdir, model, about_data)
+        context_length = max(config.seq_len, checkpoint.read_metadata(origin, origin_step)["context_length"] if origin else 0)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
         if is_main:
@@ -100,6 +102,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         elif origin == workdir:
             state, position = checkpoints.restore(origin_step, shapes, shardings)
             batches.set_state(position)
+        elif checkpoint.read_metadata(origin, origin_step).get("weights_only"):
+            params = checkpoint.load(origin / checkpoint.FOLDER / f"step_{origin_step}").params
+            params = stack_layers(params, model.num_layers) if model.scan_layers else params
+            state = make_state().replace(params=jax.device_put(params, shardings.params))
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, _ = other.restore(origin_step, shapes, shardings)
@@ -151,7 +157,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             return perplexity["all"]
 
         def save() -> None:
-            about = describe(config, model, step, float(rope_theta(step)), about_data)
+            about = describe(config, model, step, float(rope_theta(step)), about_data) | {"context_length": context_length}
             checkpoints.save(step, state, batches.get_state(), about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
@@ -289,7 +295,8 @@ def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, a
 def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data: dict[str, str]) -> None:
     """Refuses to go on with a checkpoint of another model, tokenizer or data set."""
     metadata, ours = checkpoint.read_metadata(workdir, step), dataclasses.asdict(model)
-    shape = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps", "scan_layers")
+    shape = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps")
+    shape += () if metadata.get("weights_only") else ("scan_layers",)  # of an optimizer's state the layout cannot be changed
     differing = [f"{k}={metadata['model'][k]} (config: {ours[k]})" for k in shape if metadata["model"][k] != ours[k]]
     if differing:
         raise BadInput(f"the checkpoint in {workdir} has another model, {', '.join(differing)}: choose another --workdir, or that model")

@@ -1,0 +1,55 @@
+"""A small model of nano's widths that was really trained, through the real loop: what generation and exports are tested on.
+
+Random weights would do for most of it, but give nearly uniform probabilities, in which quantisation hides and greedy choices are ties.
+"""
+
+import fcntl
+import importlib.util
+import json
+import os
+import pathlib
+
+import pytest
+
+from configs.common import phase, recipe
+from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.train.loop import train
+
+VOCAB = 1024
+STEPS = 60
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """Its workdir; with several test workers, the first one there makes it for all."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    folder = root / "trained"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            _make(folder)
+            (folder / "done").touch()
+    return folder / "run"
+
+
+def _make(folder: pathlib.Path) -> None:
+    modules = ("argparse", "ast", "collections", "dataclasses", "enum", "inspect", "json.decoder", "logging", "pathlib", "pdb", "tarfile", "typing")
+    texts = [pathlib.Path(importlib.util.find_spec(name).origin).read_text() for name in modules]
+    source = f"file://{folder}/code.jsonl"
+    (folder / "code.jsonl").write_text("".join(json.dumps({"text": text[i : i + 4000]}) + "\n" for text in texts for i in range(0, len(text), 4000)))
+    train_tokenizer_for([source], folder / "tokenizer.model", VOCAB, 10**6)
+    prepare_source("code", source, "PSF-2.0", folder / "data" / "code", folder / "tokenizer.model", validation_fraction=0.1, tasks=1, workers=1)
+
+    config = recipe("nano", [phase("nano", 0, name="phase1", seq_len=256, theta=(10_000.0, 10_000.0), shares={"code": 1.0})])
+    with config.unlocked():
+        config.corpora = {"code": {"url": source, "licence": "PSF-2.0"}}
+    config.update(dict(seq_len=128, batch_size=8, tokens_per_step=1024, end_step=STEPS, log_every=20))
+    config.model.update(dict(vocab_size=VOCAB, num_layers=2))
+    config.tokenizer.path, config.data.dir = str(folder / "tokenizer.model"), str(folder / "data")
+    config.schedule.update(dict(warmup_steps=10, decay_start=STEPS // 2, total_steps=STEPS))
+    config.validation.update(dict(every=STEPS, tokens=2048))
+    config.checkpoint.every = STEPS
+    train(config, folder / "run")
