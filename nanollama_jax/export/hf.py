@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
+from safetensors.numpy import save_file
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
@@ -83,9 +83,11 @@ def export(
         for name, contents in files.items():
             (temporary / name).write_bytes(contents)
         write_safetensors(loaded, temporary, DTYPES[dtype], shard_bytes)
+        replaced = folder.with_name(f"{temporary.name}.replaced")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, replaced)
         os.replace(temporary, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -105,7 +107,7 @@ def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: An
     files = ["model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         tensors = {name: np.ascontiguousarray(to_hf(loaded.params, *names[name]).astype(dtype)) for name in shard}
-        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
     if not one:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}

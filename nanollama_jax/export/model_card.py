@@ -34,7 +34,7 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         f"# A Llama of {model.num_params / 1e6:,.1f}M parameters",
         "",
         f"{model.num_layers} layers, width {model.d_model}, {model.num_heads} query and {model.num_kv_heads} key/value heads, FFN {model.ffn_dim}, "
-        f"vocabulary {model.vocab_size:,}, context {metadata['context_length']:,} tokens, RoPE theta {metadata['rope_theta']:,.0f}. Stored as {dtype}.",
+        f"vocabulary {model.vocab_size:,}, context {metadata['context_length']:,}, RoPE theta {metadata['rope_theta']:,.0f}. Stored as {dtype}.",
         "",
     ]
     if "step" in about:

@@ -1,0 +1,105 @@
+"""The exports, run by the programs they are for: do transformers and llama.cpp say what we say? transformers (with torch) need not be installed."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from cyllama.llama import llama_cpp
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Between the logits of a reference and of another, (T, V) each."""
+
+    largest: float  # of any logit
+    mean_kl: float  # nats a token, of the other's probabilities from the reference's
+    agreement: float  # share of positions whose likeliest token is the same
+
+    @classmethod
+    def of(cls, reference_TV: np.ndarray, other_TV: np.ndarray) -> "Difference":
+        p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference_TV.astype(np.float64), other_TV.astype(np.float64)))
+        kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
+        return cls(float(np.abs(reference_TV - other_TV).max()), float(kl), float((p.argmax(-1) == q.argmax(-1)).mean()))
+
+
+def transformers_is_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+class Transformers:
+    """A Hugging Face folder, in float32 on the CPU."""
+
+    def __init__(self, folder: str | os.PathLike):
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self._torch = torch
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """(T, V) float32."""
+        with self._torch.no_grad():
+            return self.model(self._torch.tensor([list(tokens)])).logits[0].numpy()
+
+    def greedy(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
+        ids = self._torch.tensor([list(tokens)])
+        options: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+        return self.model.generate(ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)[
+            0, len(tokens) :
+        ].tolist()
+
+
+class _Model(llama_cpp.LlamaModel):
+    n_vocab = 0  # cyllama 0.2.18 reads it in get_logits_ith, and has not got it
+
+
+class LlamaCpp:
+    """A GGUF file, on the CPU."""
+
+    def __init__(self, path: str | os.PathLike, context_length: int):
+        llama_cpp.set_log_callback(lambda level, text: None)
+        self._model = _Model(str(path))
+        self._vocab = self._model.get_vocab()
+        self._model.n_vocab = self._vocab.n_vocab
+        params = llama_cpp.LlamaContextParams()
+        params.n_ctx = params.n_batch = params.n_ubatch = context_length
+        params.type_k = params.type_v = 0  # float32, and no flash attention: both round to float16, 0.01 off in stories260K's logits, 2e-5 without
+        params.flash_attn_type = 0
+        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        self._context = llama_cpp.LlamaContext(self._model, params)
+        self._batch = llama_cpp.LlamaBatch(n_tokens=context_length, embd=0, n_seq_max=1)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._vocab.tokenize(text, add_special=False, parse_special=False)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """(T, V) float32."""
+        self._context.kv_cache_clear(True)
+        self._feed(tokens, 0, every=True)
+        return np.array([self._context.get_logits_ith(i) for i in range(len(tokens))], np.float32)
+
+    def greedy(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
+        self._context.kv_cache_clear(True)
+        sampler = llama_cpp.LlamaSampler()
+        sampler.add_greedy()
+        self._feed(tokens, 0, every=False)
+        new = []
+        for position in range(len(tokens), len(tokens) + max_new_tokens):
+            new.append(sampler.sample(self._context, -1))
+            if len(new) < max_new_tokens:
+                self._feed(new[-1:], position, every=False)
+        return new
+
+    def _feed(self, tokens: Sequence[int], position: int, every: bool) -> None:
+        self._batch.clear()
+        for i, token in enumerate(tokens):
+            self._batch.add(int(token), position + i, [0], every or i == len(tokens) - 1)
+        self._context.decode(self._batch)

@@ -1,0 +1,152 @@
+"""Checkpoints as GGUF files for llama.cpp: f32, f16 and bf16 written here, a tensor at a time; q8_0 and q4_k_m by llama.cpp's own quantiser, from
+an f32 file that is removed afterwards.
+"""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+
+import gguf
+import ml_dtypes
+import numpy as np
+from cyllama.llama import llama_cpp
+
+from nanollama_jax import checkpoint
+from nanollama_jax.errors import BadInput
+from nanollama_jax.export.hf import hf_names, to_hf
+from nanollama_jax.export.model_card import provenance
+from nanollama_jax.export.tokenizer_json import CHAT_END, CHAT_TEMPLATE, chat_ids, read_model
+from nanollama_jax.tokenizer import Tokenizer
+
+FLOATS = {
+    "f32": (np.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (np.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (ml_dtypes.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+QUANTISED = {  # -> llama.cpp's number for it, and how many weights of a row share a scale
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, 32),
+    "q4_k_m": (gguf.LlamaFileType.MOSTLY_Q4_K_M, 256),
+}
+TYPES = (*FLOATS, *QUANTISED)
+
+# Hugging Face's names for a layer's tensors -> GGUF's; the others by `_MODEL`
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+
+
+def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, overwrite: bool = False) -> None:
+    """Writes `path`, whole or not at all; `kind` is one of TYPES. Raises BadInput if the file exists (and is not to be overwritten), the tokenizer
+    cannot be expressed, or the model's widths do not fit the blocks of a quantised type."""
+    path = pathlib.Path(path)
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} exists: remove it, choose another --out, or give --overwrite")
+    if kind in QUANTISED:
+        block = QUANTISED[kind][1]
+        widths = {
+            "d_model": loaded.model.d_model,
+            "num_heads x head_dim": loaded.model.num_heads * loaded.model.head_dim,
+            "ffn_dim": loaded.model.ffn_dim,
+        }
+        for name, width in widths.items():
+            if width % block:
+                raise BadInput(f"{kind} packs {block} weights together and {name}={width} is no multiple of that: export as q8_0 or f16 instead")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as cleanup:
+        folder = pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
+        written = folder / "float"
+        write(loaded, written, kind if kind in FLOATS else "f32")
+        if kind in QUANTISED:
+            written = quantise(written, folder / "quantised", kind)
+        os.replace(written, path)
+
+
+def quantise(source: pathlib.Path, target: pathlib.Path, kind: str) -> pathlib.Path:
+    """llama.cpp's quantiser, on all cores."""
+    params = llama_cpp.LlamaModelQuantizeParams()
+    params.ftype = int(QUANTISED[kind][0])
+    llama_cpp.set_log_callback(lambda level, text: None)  # it narrates each tensor
+    llama_cpp.model_quantize(str(source), str(target), params)
+    return target
+
+
+def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
+    """A GGUF file with all weights in one float type; norms stay float32, as llama.cpp wants them."""
+    m, (dtype, _, file_type) = loaded.model, FLOATS[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_name(f"nanollama {m.num_params / 1e6:,.1f}M {provenance(loaded.metadata).get('phase', 'imported')}")
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(m.vocab_size)
+    writer.add_context_length(loaded.context_length)
+    writer.add_embedding_length(m.d_model)
+    writer.add_block_count(m.num_layers)
+    writer.add_feed_forward_length(m.ffn_dim)
+    writer.add_head_count(m.num_heads)
+    writer.add_head_count_kv(m.num_kv_heads)
+    writer.add_key_length(m.head_dim)
+    writer.add_value_length(m.head_dim)
+    writer.add_rope_dimension_count(m.head_dim)
+    writer.add_rope_freq_base(loaded.rope_theta)
+    writer.add_layer_norm_rms_eps(m.norm_eps)
+    add_tokenizer(writer, loaded.tokenizer)
+
+    tensors = {gguf_name(name): (path_and_axes, name) for name, path_and_axes in hf_names(m.num_layers).items()}
+    kinds = {}
+    for name, ((our_path, axes), _) in tensors.items():
+        value = to_hf(loaded.params, our_path, axes)
+        kinds[name] = np.dtype(dtype if value.ndim > 1 else np.float32)
+        raw = FLOATS[kind][1] if value.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(name, value.shape, kinds[name], value.size * kinds[name].itemsize, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    heads = {"attn_q": m.num_heads, "attn_k": m.num_kv_heads}
+    for name, ((our_path, axes), _) in tensors.items():
+        value = to_hf(loaded.params, our_path, axes)
+        if (count := heads.get(name.split(".")[-2])) is not None:
+            value = interleave_pairs(value, count)
+        writer.write_tensor_data(np.ascontiguousarray(value, dtype=kinds[name]))
+    writer.close()
+
+
+def gguf_name(hf_name: str) -> str:
+    if hf_name in _MODEL:
+        return _MODEL[hf_name]
+    _, _, layer, tensor = hf_name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{_LAYER[tensor]}.weight"
+
+
+def interleave_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring rows of a head, (2i, 2i + 1), where we and Hugging Face rotate (i, i + H/2)."""
+    out, width = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+    proto = read_model(tokenizer)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.piece for piece in proto.pieces])
+    writer.add_token_scores([piece.score for piece in proto.pieces])
+    writer.add_token_types([piece.type for piece in proto.pieces])  # the same numbers as SentencePiece's
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_unk_token_id(proto.trainer_spec.unk_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)  # llama.cpp assumes true where it is not said
+    if chat := chat_ids(tokenizer):
+        writer.add_eot_token_id(chat[CHAT_END])
+        writer.add_chat_template(CHAT_TEMPLATE)

@@ -1,0 +1,258 @@
+"""Exports read by transformers, and imported again."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from sentencepiece import sentencepiece_model_pb2 as spm
+
+from nanollama_jax import checkpoint
+from nanollama_jax.errors import BadInput
+from nanollama_jax.export import hf, llama2c
+from nanollama_jax.export.compare import Transformers
+from nanollama_jax.infer.engine import Engine
+from nanollama_jax.model import llama
+from nanollama_jax.model.llama import stack_layers
+from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.train.loop import train
+from tests.conftest import ROOT
+from tests.export.awkward import awkward_strings
+from tests.model.oracle import hf_names, read_stories260k
+from tests.trained import config_of
+
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_thought|>", "<|end_thought|>", "<|tool_call|>", "<|tool_response|>")
+
+
+@pytest.fixture(scope="module")
+def loaded(trained) -> checkpoint.Loaded:
+    return checkpoint.load(trained)
+
+
+@pytest.fixture(scope="module")
+def exported(loaded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "float32"
+    hf.export(loaded, folder, "float32")
+    return folder
+
+
+def our_logits(loaded: checkpoint.Loaded, tokens: list[int]) -> np.ndarray:
+    T = len(tokens)
+    return np.asarray(llama.logits(loaded.model, loaded.params, jnp.array([tokens]), jnp.arange(T)[None], jnp.ones((1, T), int), loaded.rope_theta))[
+        0
+    ]
+
+
+def with_tokenizer(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
+    return checkpoint.Loaded(loaded.model, loaded.params, tokenizer, loaded.metadata, loaded.path)
+
+
+def extended(tokenizer: Tokenizer) -> Tokenizer:
+    """With the chat tokens as control pieces."""
+    proto = spm.ModelProto.FromString(tokenizer.model_bytes)
+    for name in CHAT_TOKENS:
+        proto.pieces.add(piece=name, score=0.0, type=spm.ModelProto.SentencePiece.CONTROL)
+    return Tokenizer("extended", proto.SerializeToString())
+
+
+def test_transformers_gives_our_logits(loaded, exported):
+    tokens = loaded.tokenizer.encode((ROOT / "main.py").read_text(), bos=True)[:128]
+    np.testing.assert_allclose(Transformers(exported).logits(tokens), our_logits(loaded, tokens), atol=1e-4)
+
+
+def test_bfloat16_is_the_default_and_rounds_as_torch_does(loaded, exported, tmp_path):
+    hf.export(loaded, tmp_path / "half")
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    assert half.dtype == torch.bfloat16 and whole.dtype == torch.float32
+    for name, value in whole.state_dict().items():
+        assert torch.equal(half.state_dict()[name], value.to(torch.bfloat16)), name
+
+
+def test_what_the_configuration_says(loaded, exported):
+    config = transformers.AutoConfig.from_pretrained(exported)
+    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (loaded.context_length, loaded.rope_theta)
+    generation = transformers.GenerationConfig.from_pretrained(exported)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    assert str(ROOT) not in "".join((exported / name).read_text() for name in ("config.json", "README.md")), "an export names no paths"
+    assert "| code | PSF-2.0 |" in (exported / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_export_import_export_is_byte_identical(loaded, tmp_path, dtype):
+    hf.export(loaded, tmp_path / "first", dtype)
+    written = checkpoint.save_weights(hf.read(tmp_path / "first"), tmp_path / "run")
+    hf.export(checkpoint.load(written), tmp_path / "second", dtype)
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "second").iterdir()) and "tokenizer.json" in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_shards(loaded, exported, tmp_path):
+    hf.export(loaded, tmp_path / "shards", "float32", shard_bytes=2_000_000)
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    assert all(path.stat().st_size < 2_100_000 for path in (tmp_path / "shards").glob("*.safetensors"))
+    one, many = (transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (exported, tmp_path / "shards"))
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    again = hf.read(tmp_path / "shards")
+    np.testing.assert_array_equal(again.params["layers_1"]["attention"]["o"]["kernel"], loaded.params["layers_1"]["attention"]["o"]["kernel"])
+
+
+@pytest.mark.parametrize("which", ["ours", "mistral"])
+def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path, request):
+    folder, tokenizer = exported, loaded.tokenizer
+    if which == "mistral":
+        tokenizer = Tokenizer(request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model")
+        folder = tmp_path / "mistral"
+        hf.export(with_tokenizer(loaded, tokenizer), folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = awkward_strings()
+    assert len(texts) >= 3000
+    wrong = [text for text in texts if theirs(text).input_ids != tokenizer.encode(text, bos=True)]
+    assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:5]!r}"
+    undecoded = [text for text in texts if theirs.decode(tokenizer.encode(text)) != tokenizer.decode(tokenizer.encode(text))]
+    assert not undecoded, f"{len(undecoded)} of {len(texts)}: {undecoded[:5]!r}"
+
+
+def test_a_chat_vocabulary_brings_its_template(loaded, exported, tmp_path):
+    assert not (exported / "chat_template.jinja").exists()
+    tokenizer = extended(loaded.tokenizer)
+    hf.export(with_tokenizer(loaded, tokenizer), tmp_path / "chat")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
+    messages = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    start, end = (tokenizer.vocab_size - 6, tokenizer.vocab_size - 5)
+    newline = tokenizer.encode("\n")
+    turns = [[start, *tokenizer.encode(f"{m['role']}\n{m['content']}"), end, *newline] for m in messages]
+    assert theirs.apply_chat_template(messages)["input_ids"] == turns[0] + turns[1]
+    asked = theirs.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert asked == turns[0] + [start, *tokenizer.encode("assistant\n")]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [2, end]
+
+
+def test_training_goes_on_from_an_import(exported, trained, tmp_path):
+    """The weights are those, in the layout that the config asks for; the optimizer is fresh."""
+    checkpoint.save_weights(hf.read(exported), tmp_path / "imported")
+    config = config_of(trained.parent)
+    config.update(dict(init_from=str(tmp_path / "imported"), end_step=2))
+    config.model.scan_layers = True
+    train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]["validation_perplexity"]["code"]
+    assert rows[0]["validation_perplexity"]["code"] == pytest.approx(before, rel=1e-4)
+    assert checkpoint.load(tmp_path / "run").metadata["step"] == 2
+
+
+def test_tied_embeddings(loaded, exported, tmp_path):
+    """A folder whose head is its embedding: transformers writes no lm_head then."""
+    config = transformers.AutoConfig.from_pretrained(exported)
+    config.tie_word_embeddings = True
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    shutil.copy(exported / "tokenizer.model", tmp_path / "tied")
+    tokens = [1, 5, 9, 200, 7]
+    ours = our_logits(hf.read(tmp_path / "tied"), tokens)
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, model(torch.tensor([tokens])).logits[0].numpy(), atol=1e-4)
+
+
+def test_stories260k_from_llama2c(shared_data, tmp_path):
+    """Its weights as the oracle reads them, its text as a story, by way of a checkpoint and an export."""
+    folder = shared_data / "weights/stories260K"
+    loaded = llama2c.read(folder / "stories260K.bin", folder / "tok512.bin")
+    model, params = read_stories260k(folder / "stories260K.bin")
+    ours, expected = hf_names(model, stack_layers(loaded.params, 5)), hf_names(model, params)
+    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
+    checkpoint.save_weights(loaded, tmp_path / "run")
+    story = Engine.from_checkpoint(tmp_path / "run").generate(["Once upon a time"], max_new_tokens=60)[0].text
+    assert story.startswith(", there was a little girl named Lily. She loved to play"), story
+    hf.export(checkpoint.load(tmp_path / "run"), tmp_path / "hf", "float32")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert all(theirs(text).input_ids == loaded.tokenizer.encode(text, bos=True) for text in awkward_strings(1000))
+
+
+# ---- Bad input
+
+
+def broken(exported, folder, **changes):
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type="qwen2"), "of architecture 'qwen2'; only 'llama'"),
+        (dict(vocab_size=2000), "tokenizer.model has 1024 pieces and config.json says vocab_size=2000"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "scaled RoPE"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(num_hidden_layers=3), r"no tensor model.layers.2.input_layernorm.weight"),
+        (dict(num_hidden_layers=1), r"model.layers.1.input_layernorm.weight, which a Llama of its config.json has not \(9 such"),
+        (dict(intermediate_size=512), r"mlp.gate_proj.weight has shape \[768, 256\], and config.json asks for \[512, 256\]"),
+    ],
+)
+def test_folders_that_are_refused(exported, tmp_path, changes, message):
+    with pytest.raises(BadInput, match=message):
+        hf.read(broken(exported, tmp_path / "broken", **changes))
+
+
+def test_damaged_folders(exported, tmp_path):
+    with pytest.raises(BadInput, match=r"config.json: No such file"):
+        hf.read(tmp_path)
+    folder = broken(exported, tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="pickle files are not opened"):
+        hf.read(folder)
+    folder = broken(exported, tmp_path / "truncated")
+    blob = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(blob[:-100])
+    with pytest.raises(BadInput, match="damaged"):
+        hf.read(folder)
+    folder = broken(exported, tmp_path / "untokenized")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(BadInput, match=r"tokenizer.model: No such file"):
+        hf.read(folder)
+
+
+def test_nothing_is_overwritten_unasked_or_left_behind(loaded, exported, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").touch()
+    with pytest.raises(BadInput, match="exists"):
+        hf.export(loaded, target)
+    monkeypatch.setattr(hf, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        hf.export(loaded, target, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (target / "mine").exists(), "a failed export changes nothing"
+    monkeypatch.undo()
+    hf.export(loaded, target, overwrite=True)
+    assert (target / "model.safetensors").exists() and not (target / "mine").exists()
+
+
+def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):
+    proto = spm.ModelProto.FromString(loaded.tokenizer.model_bytes)
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    with pytest.raises(BadInput, match="removes extra whitespace"):
+        hf.export(with_tokenizer(loaded, Tokenizer("x", proto.SerializeToString())), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_llama2c_files_that_are_refused(shared_data, tmp_path):
+    folder = shared_data / "weights/stories260K"
+    blob = (folder / "stories260K.bin").read_bytes()
+    (tmp_path / "short.bin").write_bytes(blob[:-4])
+    (tmp_path / "v1.bin").write_bytes(b"24ka" + blob)
+    (tmp_path / "noise.bin").write_bytes(bytes(range(200)))
+    for name, message in (("short", "truncated"), ("v1", "version 0"), ("noise", "header says")):
+        with pytest.raises(BadInput, match=message):
+            llama2c.read(tmp_path / f"{name}.bin", folder / "tok512.bin")
+    with pytest.raises(BadInput, match="pieces and the model's vocabulary is 512"):
+        llama2c.read(folder / "stories260K.bin", shared_data / "tokenizer/mistral_v1_32000.model")

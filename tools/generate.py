@@ -1,0 +1,136 @@
+"""Generates text with a checkpoint, streaming it to the terminal. Without a prompt it is interactive: each line is a prompt of its own.
+
+python tools/generate.py --checkpoint runs/curriculum_nano
+python tools/generate.py --checkpoint runs/curriculum_nano --prompt 'def area(' --temperature 0.8 --top_p 0.95
+python tools/generate.py --checkpoint runs/curriculum_nano --prompts prompts.txt --out completions.jsonl
+python tools/generate.py --checkpoint runs/curriculum_nano --prompt 'An answer: ' --json_schema schema.json
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import rich.console
+import rich.progress
+from absl import logging
+
+from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.infer.engine import Engine
+from nanollama_jax.infer.grammar import json_schema
+from nanollama_jax.infer.sampling import Sampling
+
+
+def show(engine: Engine, prompt: str, sampling: Sampling, options: dict[str, Any]) -> None:
+    """Prints the prompt and its completion as it comes, then the speed on stderr."""
+    pieces = engine.stream(prompt, sampling, **options)
+    print(prompt, end="", flush=True)
+    started, first = time.monotonic(), None
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+            first = first or time.monotonic()
+        except StopIteration as end:
+            completion = end.value
+            break
+    print(flush=True)
+    now = time.monotonic()
+    rate = len(completion.tokens) / max(1e-9, now - (first or started))
+    said = f"{len(completion.tokens)} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first, then {rate:,.1f} tokens/s"
+    print(f"[{said}]", file=sys.stderr)
+
+
+def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: dict[str, Any], out: pathlib.Path | None) -> None:
+    """A JSON object a line, in the order of the prompts, to `out` (whole or not at all) or stdout."""
+    started = time.monotonic()
+    console = rich.console.Console(stderr=True)
+    found = rich.progress.track(
+        engine.completions(prompts, sampling, **options), "generating", len(prompts), console=console, disable=not console.is_terminal
+    )
+    completions = [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
+    seconds = time.monotonic() - started
+    lines = "".join(
+        json.dumps({"prompt": prompt, "completion": c.text, "tokens": len(c.tokens), "finish_reason": c.finish_reason}, ensure_ascii=False) + "\n"
+        for prompt, c in zip(prompts, completions, strict=True)
+    )
+    if out is None:
+        print(lines, end="")
+    else:
+        temporary = out.with_name(f"{out.name}.tmp")
+        temporary.write_text(lines)
+        temporary.replace(out)
+    tokens = sum(len(c.tokens) for c in completions)
+    print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]", file=sys.stderr)
+
+
+def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> None:
+    print(
+        f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens.", file=sys.stderr
+    )
+    for turn in range(1_000_000):
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        try:
+            show(engine, prompt, dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32), options)
+        except BadInput as error:  # one prompt too long does not end the session
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--prompts", metavar="FILE", help="a prompt a line; .jsonl: an object with a `prompt` a line")
+    parser.add_argument("--out", metavar="FILE", help="with --prompts: where to write the completions, a JSON object a line (default: stdout)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes; can be given several times")
+    parser.add_argument("--json_schema", metavar="FILE", help="generate JSON that fits this schema, and nothing else")
+    for field in dataclasses.fields(Sampling):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
+    arguments = parser.parse_args()
+    if arguments.out and not arguments.prompts:
+        parser.error("--out goes with --prompts")
+    logging.set_verbosity(logging.ERROR)  # Orbax narrates
+    with one_line_errors():
+        sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
+        options: dict[str, Any] = dict(max_new_tokens=arguments.max_new_tokens, stop=arguments.stop)
+        if arguments.json_schema:
+            options["grammar"] = json_schema(pathlib.Path(arguments.json_schema).read_text())
+        prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
+        engine = Engine.from_checkpoint(arguments.checkpoint)
+        if arguments.prompts:
+            write_all(engine, prompts, sampling, options, pathlib.Path(arguments.out) if arguments.out else None)
+        elif arguments.prompt is not None:
+            show(engine, arguments.prompt, sampling, options)
+        else:
+            converse(engine, sampling, options)
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+    """Raises BadInput for a file that is empty, or a line of .jsonl that has no prompt."""
+    lines = path.read_text().splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(json.loads(line)["prompt"] if path.suffix == ".jsonl" else line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f'{path}:{number}: a line is an object {{"prompt": "..."}}: {error!r}') from error
+    if not prompts:
+        raise BadInput(f"{path} has no prompt")
+    return prompts
+
+
+if __name__ == "__main__":
+    main()
