@@ -1,4 +1,4 @@
-# make quickstart    train the nano model through the whole curriculum; again: resume, or say that nothing is left to do
+# make quickstart    train the nano model through the whole curriculum, export it, compare the exports; again: resume, or only export
 # make test          every test
 # make lint          the linter
 # make benchmark     speed, beside what one would use instead
@@ -11,9 +11,15 @@ RUN := .venv/bin/python
 # Large pages for large allocations (glibc; ignored elsewhere): XLA takes its buffers anew at each step of a CPU run.
 QUICK := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
+NANO := runs/curriculum_nano
+
 .PHONY: quickstart test lint benchmark
 quickstart: .venv/installed-$(REQUIREMENTS)
 	$(QUICK) $(RUN) main.py --config configs/curriculum.py:nano
+	$(RUN) tools/export_hf.py --checkpoint $(NANO) --out $(NANO)/exports/hf --overwrite
+	$(RUN) tools/export_gguf.py --checkpoint $(NANO) --type q8_0 --out $(NANO)/exports/nano-q8_0.gguf --overwrite
+	$(RUN) tools/compare_exports.py --checkpoint $(NANO) --hf $(NANO)/exports/hf --gguf $(NANO)/exports/nano-q8_0.gguf --prompt 'Question:'
+	@echo "Talk to it: $(RUN) tools/generate.py --checkpoint $(NANO) --temperature 0.8 --top_p 0.95"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile
@@ -25,6 +31,7 @@ lint: .venv/installed-dev
 benchmark: .venv/installed-dev
 	$(RUN) tools/benchmark.py train
 	$(RUN) tools/benchmark.py data
+	$(RUN) tools/benchmark.py decode
 
 # One stamp per requirements file: a driver that comes later brings the GPU build with it.
 .venv/installed-$(REQUIREMENTS): requirements.txt $(REQUIREMENTS)

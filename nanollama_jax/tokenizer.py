@@ -18,6 +18,7 @@ import sentencepiece
 from nanollama_jax.errors import BadInput
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"  # ChatML's, where a vocabulary was extended with them
 
 # The trainer drops sentences over max_sentence_length bytes and trims newlines at their end, so documents are cut into
 # stretches that end before a space or a newline. Newlines inside and in front of a stretch are learnt: on Python code the
@@ -113,6 +114,17 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece, such as "<|im_end|>"; None if the vocabulary has none of that name."""
+        token = self._processor.piece_to_id(piece)
+        return token if self._processor.is_control(token) else None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends a text: EOS, and a chat vocabulary's `<|im_end|>`."""
+        turn_end = self.control_id(CHAT_END)
+        return (self.eos_id,) if turn_end is None else (self.eos_id, turn_end)
 
     def __getstate__(self) -> bytes:
         return self.model_bytes  # not the path: a copy in another process must be this very model

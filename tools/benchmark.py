@@ -3,6 +3,8 @@
 python tools/benchmark.py train                        our training step against transformers + torch, nano shape, this machine's CPU
 python tools/benchmark.py data                         preparation against bare SentencePiece; packed tokens/s of the pipeline
 python tools/benchmark.py data --source 'file://texts/*.jsonl'
+python tools/benchmark.py decode                       generation against transformers and llama.cpp (on a GPU: against its memory bandwidth too)
+python tools/benchmark.py decode --scale 1b
 """
 
 import argparse
@@ -17,7 +19,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Bytes a second that a device's memory gives (vendor's figures)
+MEMORY_BANDWIDTH = {"NVIDIA A100": 2.0e12, "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12}
 
 
 def benchmark_train(rounds: int, steps: int) -> None:
@@ -164,13 +167,91 @@ def benchmark_data(source: str | None) -> None:
             print(f"packed batches of {batch_size} x {seq_len}: {rate / 1e6:.2f}M tokens/s ({tokens / len(texts):,.0f} tokens a document)")
 
 
+def benchmark_decode(scale: str, rounds: int) -> None:
+    """Greedy, 128 new tokens after 16, the whole call, random weights; rounds of each in turn, medians."""
+    import jax
+    import numpy as np
+
+    from nanollama_jax.export import gguf, hf
+    from nanollama_jax.export.compare import LlamaCpp, Transformers
+    from nanollama_jax.infer.engine import Engine
+
+    loaded = random_model(scale)
+    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
+    device = jax.devices()[0]
+    new_tokens, rng = 128, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        hf.export(loaded, f"{folder}/hf", "float32")
+        gguf.export(loaded, f"{folder}/f16.gguf", "f16")
+        peers = {f"transformers + torch, float32, {os.cpu_count()} cores": Transformers(f"{folder}/hf")} if device.platform == "cpu" else {}
+        print(f"\n{scale}: {loaded.model.num_params:,} parameters, {device.device_kind}; 16 tokens of prompt, {new_tokens} new ones")
+        for batch in (1, 8) if device.platform == "cpu" else (1, 8, 64):
+            prompts = rng.integers(3, loaded.model.vocab_size, (batch, 16)).tolist()
+            engine.max_batch = batch
+            ours = lambda: engine.generate(prompts, max_new_tokens=new_tokens, stop_ids=())  # noqa: B023, E731
+            runs = {f"ours, {engine.model.dtype}": ours} | {name: functools.partial(peer.greedy, prompts, new_tokens) for name, peer in peers.items()}
+            if device.platform == "cpu":
+                runs["llama.cpp, f16"] = functools.partial(LlamaCpp(f"{folder}/f16.gguf", 256, sequences=batch).greedy, prompts, new_tokens)
+            rates = {name: [] for name in runs}
+            for timed in range(-1, rounds):
+                for name, run in runs.items():
+                    started = time.perf_counter()
+                    run()
+                    if timed >= 0:
+                        rates[name].append(batch * new_tokens / (time.perf_counter() - started))
+            first = statistics.median(rates[next(iter(runs))])
+            for name, values in rates.items():
+                rate = statistics.median(values)
+                note = "" if name == next(iter(runs)) else f"  ours is {first / rate:.2f}x as fast"
+                if bandwidth := next((value for kind, value in MEMORY_BANDWIDTH.items() if kind in device.device_kind), None):
+                    bytes_a_step = loaded.model.matmul_params * 2  # each weight once a step; keys and values are 1 % of it here
+                    note += f"  {bytes_a_step * rate / batch / bandwidth:.0%} of the memory's bandwidth"
+                print(f"batch {batch:2d}  {name:42s} {rate:9,.1f} tokens/s{note}")
+
+
+def random_model(scale: str):
+    """A model with the shape of `scale` and a vocabulary of made-up pieces."""
+    import dataclasses
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from sentencepiece import sentencepiece_model_pb2 as spm
+
+    from configs import common
+    from nanollama_jax.checkpoint import Loaded
+    from nanollama_jax.model import Llama, ModelConfig
+    from nanollama_jax.tokenizer import Tokenizer
+
+    model = ModelConfig(**common.MODELS[scale], scan_layers=False)
+    proto, piece = spm.ModelProto(), spm.ModelProto.SentencePiece
+    special = [("<unk>", piece.UNKNOWN), ("<s>", piece.CONTROL), ("</s>", piece.CONTROL), *((f"<0x{i:02X}>", piece.BYTE) for i in range(256))]
+    for i in range(model.vocab_size):
+        name, kind = special[i] if i < len(special) else (f"piece{i}", piece.NORMAL)
+        proto.pieces.add(piece=name, type=kind, score=-i)
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback, proto.trainer_spec.pad_id = spm.TrainerSpec.BPE, True, -1
+    proto.normalizer_spec.remove_extra_whitespaces, proto.normalizer_spec.add_dummy_prefix = False, False
+    dummy = jnp.zeros((1, 2), jnp.int32)
+    make = jax.jit(lambda: nn.meta.unbox(Llama(model).init(jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))["params"]))
+    about = {"corpora": {}, "phase": "random", "step": 0, "tokens_seen": 0, "data_sha256": "", "git_commit": "", "tokenizer_sha256": ""}
+    metadata = {"model": dataclasses.asdict(model), "rope_theta": 1e4, "context_length": 4096, "provenance": about}
+    params = jax.tree.map(np.asarray, make())
+    return Loaded(model, params, Tokenizer("made-up", proto.SerializeToString()), metadata, pathlib.Path("random"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "data"))
+    parser.add_argument("what", choices=("train", "data", "decode"))
     parser.add_argument("--source", help="data: a source URL (default: the built-in corpus)")
     parser.add_argument("--rounds", type=int, default=5, help="train: how often each is measured")
     parser.add_argument("--steps", type=int, default=3, help="train: steps each time")
+    parser.add_argument("--scale", default="nano", help="decode: the model's size (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.what == "decode":
+        benchmark_decode(arguments.scale, arguments.rounds)
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if arguments.what == "train":
         benchmark_train(arguments.rounds, arguments.steps)
     else:

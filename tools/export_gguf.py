@@ -1,6 +1,6 @@
 """Exports a checkpoint as a GGUF file, for llama.cpp, Ollama, LM Studio and the like.
 
-python tools/export_gguf.py --checkpoint runs/curriculum_nano --type q8_0 --out exports/nano-q8_0.gguf
+python tools/export_gguf.py --checkpoint runs/curriculum_nano --type q8_0 --out runs/curriculum_nano/exports/nano-q8_0.gguf
 python tools/export_gguf.py --checkpoint runs/1b/phase3 --type q4_k_m --out exports/1b-q4_k_m.gguf
 """
 

@@ -1,6 +1,6 @@
 """Exports a checkpoint as a Hugging Face folder, for transformers, vLLM and the like.
 
-python tools/export_hf.py --checkpoint runs/curriculum_nano --out exports/nano
+python tools/export_hf.py --checkpoint runs/curriculum_nano --out runs/curriculum_nano/exports/hf
 python tools/export_hf.py --checkpoint runs/1b/phase3/checkpoints/step_230000 --out exports/1b --dtype float32
 """
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from cyllama.llama import llama_cpp
@@ -49,12 +48,13 @@ class Transformers:
         with self._torch.no_grad():
             return self.model(self._torch.tensor([list(tokens)])).logits[0].numpy()
 
-    def greedy(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
-        ids = self._torch.tensor([list(tokens)])
-        options: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
-        return self.model.generate(ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)[
-            0, len(tokens) :
-        ].tolist()
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """The continuation of each prompt."""
+        longest = max(map(len, prompts))  # generate() wants padding on the left
+        ids = self._torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = self._torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return self.model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
 
 
 class _Model(llama_cpp.LlamaModel):
@@ -64,42 +64,48 @@ class _Model(llama_cpp.LlamaModel):
 class LlamaCpp:
     """A GGUF file, on the CPU."""
 
-    def __init__(self, path: str | os.PathLike, context_length: int):
+    def __init__(self, path: str | os.PathLike, context_length: int, sequences: int = 1):
+        """`sequences` prompts of up to `context_length` tokens can be generated from together."""
         llama_cpp.set_log_callback(lambda level, text: None)
         self._model = _Model(str(path))
         self._vocab = self._model.get_vocab()
         self._model.n_vocab = self._vocab.n_vocab
         params = llama_cpp.LlamaContextParams()
-        params.n_ctx = params.n_batch = params.n_ubatch = context_length
+        params.n_ctx = params.n_batch = params.n_ubatch = context_length * sequences
+        params.n_seq_max = sequences
         params.type_k = params.type_v = 0  # float32, and no flash attention: both round to float16, 0.01 off in stories260K's logits, 2e-5 without
         params.flash_attn_type = 0
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = llama_cpp.LlamaContext(self._model, params)
-        self._batch = llama_cpp.LlamaBatch(n_tokens=context_length, embd=0, n_seq_max=1)
+        self._batch = llama_cpp.LlamaBatch(n_tokens=context_length * sequences, embd=0, n_seq_max=1)
 
     def tokenize(self, text: str) -> list[int]:
         return self._vocab.tokenize(text, add_special=False, parse_special=False)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """(T, V) float32."""
-        self._context.kv_cache_clear(True)
-        self._feed(tokens, 0, every=True)
+        self._decode([(token, i, 0, True) for i, token in enumerate(tokens)], fresh=True)
         return np.array([self._context.get_logits_ith(i) for i in range(len(tokens))], np.float32)
 
-    def greedy(self, tokens: Sequence[int], max_new_tokens: int) -> list[int]:
-        self._context.kv_cache_clear(True)
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """The continuation of each prompt."""
         sampler = llama_cpp.LlamaSampler()
         sampler.add_greedy()
-        self._feed(tokens, 0, every=False)
-        new = []
-        for position in range(len(tokens), len(tokens) + max_new_tokens):
-            new.append(sampler.sample(self._context, -1))
-            if len(new) < max_new_tokens:
-                self._feed(new[-1:], position, every=False)
+        feed = [(token, i, row, i == len(prompt) - 1) for row, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        new: list[list[int]] = [[] for _ in prompts]
+        for step in range(max_new_tokens):
+            self._decode(feed, fresh=step == 0)
+            last = [i for i, (_, _, _, wanted) in enumerate(feed) if wanted]
+            for row, i in enumerate(last):
+                new[row].append(sampler.sample(self._context, i))
+            feed = [(tokens[-1], len(prompt) + step, row, True) for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True))]
         return new
 
-    def _feed(self, tokens: Sequence[int], position: int, every: bool) -> None:
+    def _decode(self, feed: Sequence[tuple[int, int, int, bool]], fresh: bool) -> None:
+        """Of each token: its id, position, sequence, and whether its logits are wanted."""
+        if fresh:
+            self._context.kv_cache_clear(True)
         self._batch.clear()
-        for i, token in enumerate(tokens):
-            self._batch.add(int(token), position + i, [0], every or i == len(tokens) - 1)
+        for token, position, row, wanted in feed:
+            self._batch.add(int(token), position, [row], wanted)
         self._context.decode(self._batch)

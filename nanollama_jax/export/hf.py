@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export.model_card import model_card, provenance
-from nanollama_jax.export.tokenizer_json import CHAT_END, chat_ids, tokenizer_files
+from nanollama_jax.export.tokenizer_json import tokenizer_files
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -142,8 +142,8 @@ def config_json(loaded: checkpoint.Loaded, dtype: str) -> dict[str, Any]:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    ends = [tokenizer.eos_id, *([chat[CHAT_END]] if (chat := chat_ids(tokenizer)) else [])]
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    ends = tokenizer.end_ids
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(ends) if len(ends) > 1 else ends[0]}
 
 
 # ---- The other way

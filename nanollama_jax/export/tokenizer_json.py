@@ -12,9 +12,8 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import CHAT_END, CHAT_START, Tokenizer
 
-CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (pathlib.Path(__file__).parent / "chat_template.jinja").read_text()
 _Piece = spm.ModelProto.SentencePiece
 
@@ -37,17 +36,16 @@ def read_model(tokenizer: Tokenizer) -> spm.ModelProto:
     return proto
 
 
-def chat_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of ChatML's two tokens, empty for a vocabulary without them."""
-    names = {piece.piece: i for i, piece in enumerate(spm.ModelProto.FromString(tokenizer.model_bytes).pieces) if piece.type == _Piece.CONTROL}
-    return {name: names[name] for name in (CHAT_START, CHAT_END)} if {CHAT_START, CHAT_END} <= names.keys() else {}
+def is_chat(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has ChatML's two tokens, so that the export brings a chat template."""
+    return tokenizer.control_id(CHAT_START) is not None and tokenizer.control_id(CHAT_END) is not None
 
 
 def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
     """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, for a chat vocabulary, `chat_template.jinja`."""
     proto = read_model(tokenizer)
     names = [piece.piece for piece in proto.pieces]
-    chat = chat_ids(tokenizer)
+    chat = is_chat(tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos_id],

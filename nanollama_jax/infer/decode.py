@@ -99,6 +99,12 @@ def token_logprobs(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, 
     return jnp.roll(logprobs_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def logits(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig) -> jax.Array:
+    """(B, T, V) float32."""
+    return head(params, forward(params, tokens_BT, rope_theta, model))
+
+
 def forward(params, tokens_BT, rope_theta, model, caches=None, positions_BT=None):
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions_BT is None else positions_BT

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.errors import BadInput
-from nanollama_jax.infer.decode import DecodeState, decode, prefill, token_logprobs
-from nanollama_jax.infer.grammar import Constraint, Grammar, Grammars
+from nanollama_jax.infer.constraint import Constraint, Grammars
+from nanollama_jax.infer.decode import DecodeState, decode, logits, prefill, token_logprobs
+from nanollama_jax.infer.grammar import Grammar
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.infer.text_stream import TextStream
 from nanollama_jax.model import ModelConfig
@@ -72,7 +73,7 @@ class Engine:
 
     @functools.cached_property
     def grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.model.vocab_size)
+        return Grammars(self.tokenizer, self.model.vocab_size, self.tokenizer.end_ids[1:])
 
     def generate(self, prompts: Sequence[str | Sequence[int]], sampling: Sampling = Sampling(), **options: Any) -> list[Completion]:
         """A completion for each prompt, in order; options as for `completions`."""
@@ -86,28 +87,32 @@ class Engine:
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Sequence[Grammar] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yields `(index of the prompt, completion)`, batch by batch, prompts of like length together.
 
-        A prompt is text (BOS is put before it) or token ids (taken as they are). `stop` are strings, cut off; `stop_ids` default to EOS.
-        A completion ends at the model's context at the latest. Raises BadInput for a prompt that is empty or fills the context, and for a grammar
-        that cannot end within `max_new_tokens`.
+        A prompt is text (BOS is put before it) or token ids (taken as they are). `stop` are strings, cut off; `stop_ids` default to EOS (and
+        `<|im_end|>`, where there is one). `grammar` is one for all, or one for each. A completion ends at the model's context at the latest.
+        Raises BadInput for a prompt that is empty or fills the context, and for a grammar that cannot end within `max_new_tokens`.
         """
         encoded = [self._encode(prompt, i) for i, prompt in enumerate(prompts)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        stop_ids = (self.tokenizer.eos_id,) if stop_ids is None else tuple(stop_ids)
+        stop_ids = self.tokenizer.end_ids if stop_ids is None else tuple(stop_ids)
+        grammars = [grammar] * len(encoded) if isinstance(grammar, Grammar) else grammar and list(grammar)
         for start in range(0, len(order), self.max_batch):
             indices = order[start : start + self.max_batch]
-            batch = _Batch(self, [encoded[i] for i in indices], indices, sampling, max_new_tokens, stop, stop_ids, grammar)
+            batch = _Batch(
+                self, [encoded[i] for i in indices], indices, sampling, max_new_tokens, stop, stop_ids, grammars and [grammars[i] for i in indices]
+            )
             for _ in batch.run(STEPS_A_CALL):
                 pass
             yield from zip(indices, batch.completions(), strict=True)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling = Sampling(), **options: Any) -> Iterator[str]:
         """Yields the text of one completion as it is settled, token by token, and returns the `Completion`; options as for `completions`."""
-        options = dict(max_new_tokens=128, stop=(), stop_ids=(self.tokenizer.eos_id,), grammar=None) | options
-        batch = _Batch(self, [self._encode(prompt, 0)], [0], sampling, **options)
+        options = dict(max_new_tokens=128, stop=(), stop_ids=self.tokenizer.end_ids) | options
+        grammar = options.pop("grammar", None)
+        batch = _Batch(self, [self._encode(prompt, 0)], [0], sampling, grammars=grammar and [grammar], **options)
         for (piece,) in batch.run(steps=1):
             if piece:
                 yield piece
@@ -133,6 +138,13 @@ class Engine:
                     logprobs_BT = np.asarray(token_logprobs(self.params, tokens_BT, self.rope_theta, model=self.model))
                 found |= {i: logprobs_BT[row, 1 : len(sequences[i])] for row, i in enumerate(chosen)}
         return [found[i] for i in range(len(sequences))]
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits (T, V) float32 after each token of one sequence: for comparisons. Raises BadInput as `score` does."""
+        self._check(tokens, "the sequence", longest=self.context_length)
+        tokens_BT = self.place(pad([tokens], self.mesh.size, bucket(len(tokens), SMALLEST_LENGTH)))
+        with sharding.use_mesh(self.mesh):
+            return np.asarray(logits(self.params, tokens_BT, self.rope_theta, model=self.model))[0, : len(tokens)]
 
     def place(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(rows, sharding.batch_sharding(self.mesh))
@@ -165,7 +177,7 @@ class _Batch:
         max_new_tokens: int,
         stop: Sequence[str],
         stop_ids: Sequence[int],
-        grammar: Grammar | None,
+        grammars: Sequence[Grammar] | None,
     ):
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -175,8 +187,8 @@ class _Batch:
         self._engine, self._sampling = engine, sampling
         self._budgets = (last_B - length_B + 1)[: len(prompts)].tolist()
         self._texts = [TextStream(engine.tokenizer, prompt, stop, stop_ids) for prompt in prompts]
-        self._constraints: list[Constraint] = [engine.grammars.start(grammar, budget) for budget in self._budgets] if grammar else []
-        self._stop_ids = jnp.array([] if grammar else stop_ids, jnp.int32)  # under a grammar the host decides what ends
+        self._constraints: list[Constraint] = [engine.grammars.start(*one) for one in zip(grammars or [], self._budgets, strict=False)]
+        self._stop_ids = jnp.array([] if grammars else stop_ids, jnp.int32)  # under a grammar the host decides what ends
 
         tokens_BT = pad(prompts, len(length_B), bucket(int(length_B.max()), SMALLEST_LENGTH))
         slots = max(tokens_BT.shape[1], bucket(int(last_B.max()), SMALLEST_LENGTH))  # the token at last_B is never attended to
@@ -218,9 +230,7 @@ class _Batch:
             pieces = [""] * len(self._texts)
             for row in running:
                 token_B[row] = self._constraints[row].accept(int(token_B[row]))
-                pieces[row] = self._push(row, [int(token_B[row])])
-                if self._constraints[row].finished:
-                    pieces[row] += self._texts[row].finish("stop")
+                pieces[row] = self._push(row, [int(token_B[row])], at_end="stop" if self._constraints[row].finished else None)
             self._state = self._state._replace(token_B=self._engine.place(token_B))
             yield pieces
 
@@ -230,10 +240,11 @@ class _Batch:
     def _unfinished(self) -> list[int]:
         return [row for row, text in enumerate(self._texts) if text.finish_reason is None]
 
-    def _push(self, row: int, tokens: list[int]) -> str:
+    def _push(self, row: int, tokens: list[int], at_end: str | None = None) -> str:
         text = self._texts[row]
         piece = text.push(tokens)
-        return piece + text.finish("length") if len(text.tokens) == self._budgets[row] else piece
+        at_end = at_end or ("length" if len(text.tokens) == self._budgets[row] else None)
+        return piece + text.finish(at_end) if at_end else piece
 
     def _decode(self, steps: int, allowed_BW: jax.Array | None = None) -> jax.Array:
         engine, values, switches = self._engine, self._sampling.values, self._sampling.switches

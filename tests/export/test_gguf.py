@@ -48,10 +48,9 @@ def test_llama_cpp_gives_our_logits(loaded, files, kind):
 
 def test_llama_cpp_generates_our_text(trained, loaded, files):
     ours = Engine.from_checkpoint(trained)
-    theirs = LlamaCpp(files / "f32.gguf", 128)
-    for prompt in ("def __init__(self", "class Path:", "import"):
-        tokens = loaded.tokenizer.encode(prompt, bos=True)
-        assert theirs.greedy(tokens, 60) == ours.generate([prompt], max_new_tokens=60, stop_ids=())[0].tokens
+    prompts = [loaded.tokenizer.encode(text, bos=True) for text in ("def __init__(self", "class Path:", "import")]
+    theirs = LlamaCpp(files / "f32.gguf", 128, sequences=3).greedy(prompts, 60)
+    assert theirs == [completion.tokens for completion in ours.generate(prompts, max_new_tokens=60, stop_ids=())]
 
 
 @pytest.mark.parametrize("which", ["ours", "mistral"])
@@ -87,7 +86,7 @@ def test_stories260k(shared_data, tmp_path):
     theirs = LlamaCpp(tmp_path / "f32.gguf", 512)
     assert Difference.of(our_logits(loaded, tokens), theirs.logits(tokens)).largest < 1e-4
     engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=1e4, context_length=512)
-    assert theirs.greedy(tokens, 200) == engine.generate([tokens], max_new_tokens=200, stop_ids=())[0].tokens
+    assert theirs.greedy([tokens], 200) == [engine.generate([tokens], max_new_tokens=200, stop_ids=())[0].tokens]
     with pytest.raises(BadInput, match="ffn_dim=172 is no multiple"):
         gguf.export(loaded, tmp_path / "q8.gguf", "q8_0")
 

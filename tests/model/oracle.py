@@ -3,11 +3,25 @@
 import pathlib
 import struct
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-from nanollama_jax.model import ModelConfig
+from nanollama_jax.model import Llama, ModelConfig
+
+
+def random_params(model: ModelConfig):
+    """Scanned, large enough that attention is not flat; without compiling the initialisers, which takes longer than the tests."""
+    dummy, rng = jnp.zeros((1, 8), jnp.int32), np.random.default_rng(0)
+    shapes = nn.meta.unbox(jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))["params"])
+
+    def draw(path, leaf):
+        return jnp.asarray(rng.normal(1.0 if path[-1].key == "scale" else 0.0, 0.15, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def hf_names(model: ModelConfig, params) -> dict[str, np.ndarray]:

@@ -1,0 +1,92 @@
+"""The commands that use a checkpoint, run as a user runs them; what they compute is tested elsewhere."""
+
+import json
+import runpy
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a tool in this process, for speed: its exit status, stdout and stderr."""
+
+    def call(tool: str, *flags: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_from_a_checkpoint_to_everywhere_and_back(run, trained, tmp_path):
+    assert run("export_hf", "--checkpoint", trained, "--out", tmp_path / "hf")[0] == 0
+    assert run("export_gguf", "--checkpoint", trained, "--type", "q8_0", "--out", tmp_path / "q8_0.gguf")[0] == 0
+    status, out, _ = run(
+        "compare_exports", "--checkpoint", trained, "--hf", tmp_path / "hf", "--gguf", tmp_path / "q8_0.gguf", "--max_new_tokens", 20
+    )
+    assert status == 0 and out.count("prompt's ids the same") == 2 and "q8_0.gguf: The" in out
+    status, out, _ = run("import_hf", "--folder", tmp_path / "hf", "--workdir", tmp_path / "run")
+    assert status == 0 and "2,032,896 parameters, context 128" in out
+    assert run("generate", "--checkpoint", tmp_path / "run", "--prompt", "def f(", "--max_new_tokens", 5)[0] == 0
+
+
+def test_generate(run, trained, tmp_path, monkeypatch):
+    status, out, err = run("generate", "--checkpoint", trained, "--prompt", "def f(", "--max_new_tokens", 20, "--temperature", 0.8, "--top_k", 20)
+    assert status == 0 and out.startswith("def f(") and "tokens/s" in err
+    (tmp_path / "prompts.txt").write_text("def f(\n\nclass A\n")
+    flags = ["--checkpoint", trained, "--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 8]
+    assert run("generate", *flags, "--out", tmp_path / "out.jsonl")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["def f(", "class A"] and all(row["tokens"] <= 8 for row in rows)
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}')
+    out = run("generate", "--checkpoint", trained, "--prompt", "Answer: ", "--json_schema", tmp_path / "schema.json", "--max_new_tokens", 30)[1]
+    assert isinstance(json.loads(out.removeprefix("Answer: "))["n"], int)
+    lines = iter(["def f(", "x " * 200, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, out, err = run("generate", "--checkpoint", trained, "--max_new_tokens", 5)
+    assert status == 0 and out.startswith("def f(") and "the model's context is 128" in err, "a prompt that is too long does not end the session"
+
+
+def test_evaluate_and_visualize(run, trained, tmp_path):
+    (tmp_path / "text.txt").write_text((ROOT / "main.py").read_text())
+    flags = ["--checkpoint", trained, "--tasks", "perplexity", "--text", f"file://{tmp_path}/text.txt"]
+    status, out, _ = run("evaluate", *flags, "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())["perplexity"]["texts"][flags[-1]]
+    assert status == 0 and f"{scores['perplexity']:,.3f}" in out and 2 < scores["perplexity"] < 1000
+    status, out, _ = run("visualize_attention", "--checkpoint", trained, "--text_file", tmp_path / "text.txt", "--out", tmp_path / "maps.png")
+    assert status == 0 and (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG") and "cut to the first 128" in out
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags", "message"),
+    [
+        ("generate", ["--checkpoint", "CHECKPOINT", "--prompt", "x " * 200], "tokens and the model's context is 128"),
+        ("generate", ["--checkpoint", "CHECKPOINT", "--prompt", "x", "--top_p", "0.9"], "set a temperature"),
+        ("generate", ["--checkpoint", "CHECKPOINT", "--prompt", "x", "--json_schema", "nothing.json"], "No such file or directory (nothing.json)"),
+        ("generate", ["--checkpoint", "configs", "--prompt", "x"], "configs holds no checkpoint"),
+        ("export_hf", ["--checkpoint", "nowhere", "--out", "OUT"], "there is no such folder"),
+        ("export_gguf", ["--checkpoint", "CHECKPOINT", "--type", "f16", "--out", "README.md"], "README.md exists"),
+        ("import_hf", ["--folder", "configs", "--workdir", "OUT"], "config.json"),
+        ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "mmlu"], "'mmlu' is unknown"),
+        ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "perplexity", "--text", "file://README.txt"], "README.txt"),
+        ("visualize_attention", ["--checkpoint", "CHECKPOINT", "--text_file", "nothing.txt", "--out", "OUT"], "nothing.txt cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(run, trained, tmp_path, tool, flags, message):
+    named = {"CHECKPOINT": trained, "OUT": tmp_path / "out"}
+    status, _, err = run(tool, *(named.get(flag, flag) for flag in flags))
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tool", ["generate", "export_hf", "export_gguf", "import_hf", "evaluate", "visualize_attention", "compare_exports"])
+def test_help_has_examples(run, tool):
+    status, out, _ = run(tool, "--help")
+    assert status == 0 and f"\npython tools/{tool}.py --" in out

@@ -1,0 +1,58 @@
+"""Runs exports of a checkpoint in the programs they are for, and shows how near they come: a greedy sample of each, and logits on the same tokens.
+
+python tools/compare_exports.py --checkpoint runs/1b/phase3 --hf exports/1b --gguf exports/1b-f16.gguf --gguf exports/1b-q4_k_m.gguf
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from absl import logging
+
+from nanollama_jax.errors import one_line_errors
+from nanollama_jax.export.compare import Difference, LlamaCpp, Transformers, transformers_is_installed
+from nanollama_jax.infer.engine import Engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
+    parser.add_argument("--hf", metavar="DIR", help="what tools/export_hf.py wrote")
+    parser.add_argument("--gguf", action="append", default=[], metavar="FILE", help="what tools/export_gguf.py wrote; can be given several times")
+    parser.add_argument("--prompt", default="The", help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=int, default=60, help="default: %(default)s")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # Orbax narrates
+    with one_line_errors():
+        engine = Engine.from_checkpoint(arguments.checkpoint)
+        prompt = engine.tokenizer.encode(arguments.prompt, bos=True)
+        ours = engine.generate([prompt], max_new_tokens=arguments.max_new_tokens, stop_ids=())[0].tokens
+        row = (prompt + ours)[: engine.context_length]
+        logits = engine.logits(row)
+        others = {pathlib.Path(path).name: LlamaCpp(path, engine.context_length) for path in arguments.gguf}
+        if arguments.hf and transformers_is_installed():
+            others = {"transformers": Transformers(arguments.hf)} | others
+        if arguments.hf and not transformers_is_installed():
+            print("transformers and torch are not installed: the Hugging Face folder is not run")
+    print(f"\nours: {arguments.prompt}{show(engine, ours)}")
+    for name, other in others.items():
+        theirs = other.greedy([prompt], len(ours))[0]
+        shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        print(f"\n{name}: {arguments.prompt}{show(engine, theirs)}")
+        difference = Difference.of(logits, other.logits(row))
+        ids = "the same" if other.tokenize(arguments.prompt) == prompt[1:] else "DIFFERENT"
+        print(
+            f"[prompt's ids {ids}; first {shared} of {len(ours)} sampled tokens the same; over {len(row)} tokens: largest difference of a logit "
+            f"{difference.largest:.2g}, mean KL {difference.mean_kl:.1e} nats, likeliest token the same at {difference.agreement:.0%}]"
+        )
+    print()
+
+
+def show(engine: Engine, tokens: list[int]) -> str:
+    return engine.tokenizer.decode(tokens).replace("\n", "\n    ")
+
+
+if __name__ == "__main__":
+    main()

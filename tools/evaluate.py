@@ -1,0 +1,95 @@
+"""Scores a checkpoint and prints a table; with --out also writes the results as JSON. Tasks so far: perplexity.
+
+python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks perplexity --text 'file://texts/*.jsonl' --text builtin://docs
+python tools/evaluate.py --checkpoint runs/1b --tasks perplexity --text file://wiki.test.txt --rule llama.cpp --out scores.json
+
+Perplexity is that of running text (URLs as in nanollama_jax/data/sources.py), by one of two rules: nanollama_jax/evals/perplexity.py says which.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from absl import logging
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data import sources
+from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.evals import perplexity
+from nanollama_jax.export.model_card import provenance
+from nanollama_jax.infer.engine import Engine
+
+TASKS = ("perplexity",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
+    parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
+    parser.add_argument("--out", metavar="FILE.json", help="where to write the results")
+    group = parser.add_argument_group("perplexity")
+    group.add_argument("--text", action="append", default=[], metavar="URL", help="a text; can be given several times, each has its own row")
+    group.add_argument("--rule", default="sliding", choices=perplexity.RULES, help="how windows are laid (default: %(default)s)")
+    group.add_argument("--context", type=int, help="tokens in a window (default: the checkpoint's context length; llama.cpp: 512)")
+    group.add_argument("--stride", type=int, help="tokens that a sliding window advances (default: half the context)")
+    group.add_argument("--max_tokens", type=int, default=1_000_000, help="tokens to use of each text (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # Orbax narrates
+    with one_line_errors():
+        if unknown := set(arguments.tasks.split(",")) - set(TASKS):
+            raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
+        results = measure_perplexity(arguments)
+        if arguments.out:
+            write_json(pathlib.Path(arguments.out), results)
+
+
+def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.text:
+        raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
+    for url in arguments.text:
+        sources.matched_files(url)  # a file that is not there is found before the model is loaded
+    loaded = checkpoint.load(arguments.checkpoint)
+    context, stride = perplexity.settle(arguments.rule, arguments.context, arguments.stride, loaded.context_length)
+    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
+    print(f"{loaded.path}: step {loaded.metadata['step']:,}, rope theta {loaded.rope_theta:,.0f}")
+    print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")
+    width = max(map(len, arguments.text))
+    print(
+        f"{'text':{width}} {'documents':>9} {'tokens':>11}  {'nats/token':>10}  {'std. error':>10} {'over':9}  {'perplexity':>10}  {'bits/byte':>9}"
+    )
+    texts = {}
+    for url in arguments.text:
+        documents = (document.text for document in sources.read_documents(url, 0, 1))
+        try:
+            found = perplexity.measure(
+                engine.score, engine.tokenizer, documents, rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens
+            )
+        except BadInput as error:
+            raise BadInput(f"{url}: {error}") from error
+        error = "-" if found.standard_error is None else f"{found.standard_error:.4f}"
+        cut = f"  cut at {arguments.max_tokens:,} tokens" if found.cut else ""
+        print(
+            f"{url:{width}} {found.documents:9,} {found.tokens:11,}  {found.nats_per_token:10.4f}  {error:>10} {found.over:9}  "
+            f"{found.perplexity:10,.3f}  {found.bits_per_byte:9.4f}{cut}"
+        )
+        texts[url] = dataclasses.asdict(found)
+    settings = dict(rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens)
+    about = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
+    return about | {"perplexity": settings | {"texts": texts}}
+
+
+def write_json(path: pathlib.Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
