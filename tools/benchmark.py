@@ -5,6 +5,7 @@ python tools/benchmark.py data                         preparation against bare 
 python tools/benchmark.py data --source 'file://texts/*.jsonl'
 python tools/benchmark.py decode                       generation against transformers and llama.cpp (on a GPU: against its memory bandwidth too)
 python tools/benchmark.py decode --scale 1b
+python tools/benchmark.py grammar                      what a constraint costs for each token
 """
 
 import argparse
@@ -209,6 +210,39 @@ def benchmark_decode(scale: str, rounds: int) -> None:
                 print(f"batch {batch:2d}  {name:42s} {rate:9,.1f} tokens/s{note}")
 
 
+def benchmark_grammar(tokenizer_path: str, generations: int = 100) -> None:
+    """The host's work for each token of a constrained generation: the mask, and taking what was drawn. Uniform draws, as of an untrained model."""
+    import numpy as np
+
+    from nanollama_jax.infer.constraint import Grammars
+    from nanollama_jax.infer.grammar import tool_call
+    from nanollama_jax.tokenizer import Tokenizer
+
+    text, number = {"type": "string"}, {"type": "number"}
+    schemas = {
+        "add_event": {"title": text, "start": text, "minutes": {"type": "integer"}, "guests": {"type": "array", "items": text}},
+        "convert": {"value": number, "unit": {"enum": ["m", "ft", "km", "mi"]}, "to": {"enum": ["m", "ft", "km", "mi"]}},
+        "search": {"query": text, "options": {"type": "object", "properties": {"limit": {"type": "integer"}, "exact": {"type": "boolean"}}}},
+    }
+    parameters = {name: {"type": "object", "properties": fields, "required": list(fields)} for name, fields in schemas.items()}
+    grammar = tool_call([{"name": name, "parameters": value} for name, value in parameters.items()])
+    tokenizer = Tokenizer(tokenizer_path)
+    vocab_size = -(-tokenizer.vocab_size // 8) * 8
+    grammars, mask_W, rng, spent = Grammars(tokenizer, vocab_size), np.zeros(-(-vocab_size // 32), np.int32), np.random.default_rng(0), []
+    for _ in range(generations):
+        constraint = grammars.start(grammar, 200)
+        while not constraint.finished:
+            started = time.perf_counter()
+            constraint.fill_mask(mask_W)
+            masked = time.perf_counter() - started
+            token = int(rng.choice(np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))))
+            started = time.perf_counter()
+            constraint.accept(token)
+            spent.append(1e6 * (masked + time.perf_counter() - started))
+    print(f"\n{len(spent):,} tokens of {generations} tool calls, vocabulary {vocab_size:,}: mask and accept take {np.mean(spent):.0f} us a token")
+    print(f"median {np.median(spent):.0f} us, 99 of 100 below {np.percentile(spent, 99):.0f} us, longest {max(spent) / 1000:.1f} ms")
+
+
 def random_model(scale: str):
     """A model with the shape of `scale` and a vocabulary of made-up pieces."""
     import dataclasses
@@ -242,12 +276,16 @@ def random_model(scale: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "data", "decode"))
+    parser.add_argument("what", choices=("train", "data", "decode", "grammar"))
     parser.add_argument("--source", help="data: a source URL (default: the built-in corpus)")
     parser.add_argument("--rounds", type=int, default=5, help="train: how often each is measured")
     parser.add_argument("--steps", type=int, default=3, help="train: steps each time")
     parser.add_argument("--scale", default="nano", help="decode: the model's size (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="data/nano/tokenizer.model", help="grammar: a SentencePiece model (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.what == "grammar":
+        benchmark_grammar(arguments.tokenizer)
+        return
     if arguments.what == "decode":
         benchmark_decode(arguments.scale, arguments.rounds)
         return

@@ -8,6 +8,7 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
+from nanollama_jax.evals import perplexity
 from nanollama_jax.export import gguf, llama2c
 from nanollama_jax.export.compare import Difference, LlamaCpp
 from nanollama_jax.infer.engine import Engine
@@ -111,3 +112,19 @@ def test_refusals(loaded, files, tmp_path):
     gguf.export(loaded, files / "f16.gguf", "f16", overwrite=True)
     assert (files / "f16.gguf").read_bytes() == before, "the same file again"
     assert not list(tmp_path.iterdir())
+
+
+def test_perplexity_by_llama_cpps_rule(trained, loaded, files):
+    """The rule of llama-perplexity, spelt out over llama.cpp's own logits, against ours over our scores."""
+    context, text = 64, (ROOT / "nanollama_jax/checkpoint.py").read_text().removesuffix("\n")
+    theirs = LlamaCpp(files / "f32.gguf", context)
+    ids = [1, *theirs.tokenize(text)]
+    nats = []
+    for start in range(0, len(ids) // context * context, context):
+        chunk = [1, *ids[start + 1 : start + context]]
+        logits_TV = theirs.logits(chunk).astype(np.float64)
+        for position in range(context // 2, context - 1):
+            nats.append(np.logaddexp.reduce(logits_TV[position]) - logits_TV[position, chunk[position + 1]])
+    engine = Engine.from_checkpoint(trained)
+    ours = perplexity.measure(engine.score, loaded.tokenizer, [text], rule="llama.cpp", context=context, stride=None, max_tokens=10**6)
+    assert ours.tokens == len(nats) and ours.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
