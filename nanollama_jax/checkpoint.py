@@ -1,9 +1,9 @@
 """What a checkpoint is: everything needed to go on training, or to use the model, and nothing outside it.
 
-One Orbax composite per step, in `WORKDIR/checkpoints/step_N`: `state` (params, optimizer, step counters; sharded, restorable on
-another number of devices), `data` (the batch iterator's position), `metadata` (JSON: config, model, phase, tokens seen, checksums, versions) and
-`tokenizer` (the SentencePiece model itself). It is written in the background under a temporary name and renamed when whole: a kill at any moment
-leaves the last whole one.
+One Orbax composite per step, in `WORKDIR/checkpoints/step_N`: `state` (params, optimizer, step counters; sharded, restorable on another number of
+devices), `data` (the batch iterator's position), `metadata` (JSON: config, model, phase, tokens seen, checksums of tokenizer and data, versions)
+and `tokenizer` (the SentencePiece model itself). It is written in the background under a temporary name and renamed when whole: a kill at any
+moment leaves the last whole one.
 """
 
 import base64
@@ -102,7 +102,10 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint that `find` found."""
-    return json.loads((pathlib.Path(workdir) / FOLDER / f"step_{step}" / "metadata" / "metadata").read_text())
+    metadata = json.loads((pathlib.Path(workdir) / FOLDER / f"step_{step}" / "metadata" / "metadata").read_text())
+    if "context_length" not in metadata:  # the first checkpoints did not say
+        metadata["context_length"] = metadata["config"]["seq_len"]
+    return metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Loaded:
 
     @property
     def context_length(self) -> int:
-        """The longest row that the model was trained on, tokens."""
+        """The longest row that the model was trained on, tokens; of an import, what its folder says."""
         return self.metadata["context_length"]
 
 
@@ -130,10 +133,12 @@ def load(path: str | os.PathLike) -> Loaded:
 
     Raises BadInput if there is none, or it is not whole.
     """
-    path = pathlib.Path(path)
-    stages = [path] if find(path) else [stage for stage in path.glob("*/") if find(stage)]
+    path = pathlib.Path(os.path.abspath(path))
+    stages = [path] if find(path) else sorted(stage for stage in path.glob("*/") if find(stage))
     if not stages:
         raise BadInput(_why_none(path))
+    if len(stages) > 1 and len({json.dumps(read_metadata(*find(stage))["model"]) for stage in stages}) > 1:
+        raise BadInput(f"{path} holds several models ({', '.join(stage.name for stage in stages)}): name one of them")
     workdir, step = max((find(stage) for stage in stages), key=lambda found: found[1])
     folder = (workdir / FOLDER / f"step_{step}").absolute()
     try:
@@ -145,19 +150,34 @@ def load(path: str | os.PathLike) -> Loaded:
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
             restore = ocp.args.PyTreeRestore(item=target, restore_args=on_host, partial_restore=True)
             params = checkpointer.restore(folder / "state", args=restore)["params"]
-    except (OSError, KeyError, ValueError) as error:
+        model = ModelConfig(**metadata["model"] | dict(scan_layers=False, remat="none"))
+        metadata["rope_theta"]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # Orbax and TensorStore report damage by all of these
         raise BadInput(f"{folder} is damaged, or no checkpoint of this program: {' '.join(str(error).split())[:300]}") from error
-    model = ModelConfig(**metadata["model"] | dict(scan_layers=False, remat="none"))
     return Loaded(model, unstack_layers(params), Tokenizer(folder, model_bytes), metadata, folder)
+
+
+def weights_metadata(model: ModelConfig, tokenizer: Tokenizer, rope_theta: float, context_length: int, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of weights that come from elsewhere."""
+    return {
+        "weights_only": True,
+        "phase": "imported",
+        "step": 0,
+        "tokens_seen": 0,
+        "model": dataclasses.asdict(model),
+        "rope_theta": rope_theta,
+        "context_length": context_length,
+        "tokenizer_sha256": tokenizer.sha256,
+        "provenance": provenance,
+    }
 
 
 def save_weights(loaded: Loaded, workdir: str | os.PathLike) -> pathlib.Path:
     """A checkpoint without optimizer state, at step 0: what `config.init_from` and every tool can start from. Raises BadInput if there is one."""
-    if find(workdir):
-        raise BadInput(f"{workdir} has a checkpoint already: choose another folder")
+    if (pathlib.Path(workdir) / FOLDER).exists():
+        raise BadInput(f"{workdir} has checkpoints already: choose another folder")
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        metadata = loaded.metadata | {"weights_only": True, "step": 0}
-        checkpoints.save(0, {"params": loaded.params}, {}, metadata, loaded.tokenizer.model_bytes)
+        checkpoints.save(0, {"params": loaded.params}, {}, loaded.metadata, loaded.tokenizer.model_bytes)
     return pathlib.Path(workdir) / FOLDER / "step_0"
 
 

@@ -31,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print("error: interrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)
     except (BadInput, RunStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -6,6 +6,7 @@ SentencePiece's own. The one text that does not round-trip is one that holds U+2
 and decodes both to a space.
 """
 
+import codecs
 import hashlib
 import io
 import os
@@ -125,6 +126,17 @@ class Tokenizer:
         """What ends a text: EOS, and a chat vocabulary's `<|im_end|>`."""
         turn_end = self.control_id(CHAT_END)
         return (self.eos_id,) if turn_end is None else (self.eos_id, turn_end)
+
+    def unfinished_bytes(self, ids: Sequence[int]) -> int:
+        """How many byte pieces at the end of `ids` begin a character without completing it: 0 to 3. `decode` gives a U+FFFD for each."""
+        last = []
+        for token in reversed(ids[-4:]):
+            if not self._processor.is_byte(int(token)):
+                break
+            last.append(int(self._processor.id_to_piece(int(token))[1:-1], 16))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(bytes(reversed(last)))
+        return len(decoder.getstate()[0])
 
     def __getstate__(self) -> bytes:
         return self.model_bytes  # not the path: a copy in another process must be this very model

@@ -9,6 +9,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import numpy as np
 from absl import logging
 
 from nanollama_jax.errors import one_line_errors
@@ -31,23 +32,29 @@ def main() -> None:
         ours = engine.generate([prompt], max_new_tokens=arguments.max_new_tokens, stop_ids=())[0].tokens
         row = (prompt + ours)[: engine.context_length]
         logits = engine.logits(row)
-        others = {pathlib.Path(path).name: LlamaCpp(path, engine.context_length) for path in arguments.gguf}
+        print(f"\nours: {arguments.prompt}{show(engine, ours)}")
         if arguments.hf and transformers_is_installed():
-            others = {"transformers": Transformers(arguments.hf)} | others
-        if arguments.hf and not transformers_is_installed():
-            print("transformers and torch are not installed: the Hugging Face folder is not run")
-    print(f"\nours: {arguments.prompt}{show(engine, ours)}")
-    for name, other in others.items():
-        theirs = other.greedy([prompt], len(ours))[0]
-        shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-        print(f"\n{name}: {arguments.prompt}{show(engine, theirs)}")
-        difference = Difference.of(logits, other.logits(row))
-        ids = "the same" if other.tokenize(arguments.prompt) == prompt[1:] else "DIFFERENT"
-        print(
-            f"[prompt's ids {ids}; first {shared} of {len(ours)} sampled tokens the same; over {len(row)} tokens: largest difference of a logit "
-            f"{difference.largest:.2g}, mean KL {difference.mean_kl:.1e} nats, likeliest token the same at {difference.agreement:.0%}]"
-        )
+            compare(engine, "transformers", Transformers(arguments.hf), arguments.prompt, ours, logits)
+        elif arguments.hf:
+            print("\ntransformers and torch are not installed: the Hugging Face folder is not run")
+        for path in arguments.gguf:
+            compare(engine, pathlib.Path(path).name, LlamaCpp(path, len(row)), arguments.prompt, ours, logits)
     print()
+
+
+def compare(engine: Engine, name: str, other: Transformers | LlamaCpp, text: str, ours: list[int], logits: np.ndarray) -> None:
+    """Prints what `other` goes on with after `text`, and how far its logits are from ours."""
+    prompt = engine.tokenizer.encode(text, bos=True)
+    row = (prompt + ours)[: len(logits)]
+    theirs = other.greedy([prompt], len(ours))[0]
+    shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+    difference = Difference.of(logits, other.logits(row))
+    ids = "the same" if other.tokenize(text) == prompt[1:] else "DIFFERENT"
+    print(f"\n{name}: {text}{show(engine, theirs)}")
+    print(
+        f"[prompt's ids {ids}; first {shared} of {len(ours)} sampled tokens the same; over {len(row)} tokens: largest difference of a logit "
+        f"{difference.largest:.2g}, mean KL {difference.mean_kl:.1e} nats, likeliest token the same at {difference.agreement:.0%}]"
+    )
 
 
 def show(engine: Engine, tokens: list[int]) -> str:

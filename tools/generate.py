@@ -8,6 +8,7 @@ python tools/generate.py --checkpoint runs/curriculum_nano --prompt 'An answer: 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -28,25 +29,27 @@ from nanollama_jax.infer.sampling import Sampling
 
 def show(engine: Engine, prompt: str, sampling: Sampling, options: dict[str, Any]) -> None:
     """Prints the prompt and its completion as it comes, then the speed on stderr."""
+    started = time.monotonic()
     pieces = engine.stream(prompt, sampling, **options)
-    print(prompt, end="", flush=True)
-    started, first = time.monotonic(), None
+    shown, first = prompt, None  # the prompt is shown when it has been found good
     while True:
         try:
-            print(next(pieces), end="", flush=True)
-            first = first or time.monotonic()
+            shown += next(pieces)
         except StopIteration as end:
             completion = end.value
             break
-    print(flush=True)
-    now = time.monotonic()
-    rate = len(completion.tokens) / max(1e-9, now - (first or started))
-    said = f"{len(completion.tokens)} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first, then {rate:,.1f} tokens/s"
-    print(f"[{said}]", file=sys.stderr)
+        print(shown, end="", flush=True)
+        shown, first = "", first or time.monotonic()
+    print(shown, flush=True)
+    now, count = time.monotonic(), len(completion.tokens)
+    rate = f", then {(count - 1) / (now - first):,.1f} tokens/s" if first and count > 1 else ""
+    print(f"[{count} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first{rate}]", file=sys.stderr)
 
 
 def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: dict[str, Any], out: pathlib.Path | None) -> None:
     """A JSON object a line, in the order of the prompts, to `out` (whole or not at all) or stdout."""
+    if out and not out.parent.is_dir():  # better known before
+        raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
     started = time.monotonic()
     console = rich.console.Console(stderr=True)
     found = rich.progress.track(
@@ -61,8 +64,8 @@ def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: d
     if out is None:
         print(lines, end="")
     else:
-        temporary = out.with_name(f"{out.name}.tmp")
-        temporary.write_text(lines)
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.write_text(lines, encoding="utf-8")
         temporary.replace(out)
     tokens = sum(len(c.tokens) for c in completions)
     print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]", file=sys.stderr)
@@ -72,10 +75,10 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
     print(
         f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens.", file=sys.stderr
     )
-    for turn in range(1_000_000):
+    for turn in itertools.count():
         try:
             prompt = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not prompt:
             return
@@ -83,6 +86,8 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
             show(engine, prompt, dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32), options)
         except BadInput as error:  # one prompt too long does not end the session
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # nor does an answer that was cut short
+            print()
 
 
 def main() -> None:
@@ -105,7 +110,7 @@ def main() -> None:
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
         options: dict[str, Any] = dict(max_new_tokens=arguments.max_new_tokens, stop=arguments.stop)
         if arguments.json_schema:
-            options["grammar"] = json_schema(pathlib.Path(arguments.json_schema).read_text())
+            options["grammar"] = json_schema(read_text(pathlib.Path(arguments.json_schema)))
         prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
         engine = Engine.from_checkpoint(arguments.checkpoint)
         if arguments.prompts:
@@ -118,18 +123,26 @@ def main() -> None:
 
 def read_prompts(path: pathlib.Path) -> list[str]:
     """Raises BadInput for a file that is empty, or a line of .jsonl that has no prompt."""
-    lines = path.read_text().splitlines()
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at characters that JSON leaves as they are
         if not line.strip():
             continue
         try:
             prompts.append(json.loads(line)["prompt"] if path.suffix == ".jsonl" else line)
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f'{path}:{number}: a line is an object {{"prompt": "..."}}: {error!r}') from error
+        if not isinstance(prompts[-1], str):
+            raise BadInput(f"{path}:{number}: the prompt is of type {type(prompts[-1]).__name__}, not a string")
     if not prompts:
         raise BadInput(f"{path} has no prompt")
     return prompts
+
+
+def read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8: {error.reason} at byte {error.start}: convert it") from error
 
 
 if __name__ == "__main__":

@@ -107,6 +107,8 @@ def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: s
 
     windows.sort(key=lambda window: len(window.ids))  # windows of one length go through the model together
     nats, tokens = np.zeros(len(windows)), np.array([len(window.ids) - window.first for window in windows])
+    if num_bytes == 0:
+        raise BadInput("the tokens do not reach the end of one character: raise max_tokens")
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{len(windows):,} windows", total=len(windows))

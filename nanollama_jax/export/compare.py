@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from cyllama.llama import llama_cpp
 
+from nanollama_jax.errors import BadInput
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -35,10 +37,12 @@ class Transformers:
         import torch
         import transformers
 
+        if not (os.path.isdir(folder) and os.path.isfile(os.path.join(folder, "config.json"))):  # transformers would ask the hub for it
+            raise BadInput(f"{folder} is no folder that tools/export_hf.py wrote")
         transformers.utils.logging.disable_progress_bar()
         self._torch = torch
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -67,7 +71,10 @@ class LlamaCpp:
     def __init__(self, path: str | os.PathLike, context_length: int, sequences: int = 1):
         """`sequences` prompts of up to `context_length` tokens can be generated from together."""
         llama_cpp.set_log_callback(lambda level, text: None)
-        self._model = _Model(str(path))
+        try:
+            self._model = _Model(str(path))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path} is no GGUF file that llama.cpp can read: {error}") from error
         self._vocab = self._model.get_vocab()
         self._model.n_vocab = self._vocab.n_vocab
         params = llama_cpp.LlamaContextParams()

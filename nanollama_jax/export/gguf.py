@@ -2,19 +2,17 @@
 an f32 file that is removed afterwards.
 """
 
-import contextlib
 import os
 import pathlib
-import tempfile
+import shutil
 
 import gguf
 import ml_dtypes
 import numpy as np
-from cyllama.llama import llama_cpp
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export.hf import hf_names, to_hf
+from nanollama_jax.export.hf import finite, hf_names, to_hf
 from nanollama_jax.export.model_card import provenance
 from nanollama_jax.export.tokenizer_json import CHAT_TEMPLATE, is_chat, read_model
 from nanollama_jax.tokenizer import CHAT_END, Tokenizer
@@ -48,8 +46,8 @@ _MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight":
 def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, overwrite: bool = False) -> None:
     """Writes `path`, whole or not at all; `kind` is one of TYPES. Raises BadInput if the file exists (and is not to be overwritten), the tokenizer
     cannot be expressed, or the model's widths do not fit the blocks of a quantised type."""
-    path = pathlib.Path(path)
-    if path.exists() and not overwrite:
+    path = pathlib.Path(os.path.abspath(path))
+    if path.exists() and not (overwrite and path.is_file()):
         raise BadInput(f"{path} exists: remove it, choose another --out, or give --overwrite")
     if kind in QUANTISED:
         block = QUANTISED[kind][1]
@@ -62,27 +60,35 @@ def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, ove
             if width % block:
                 raise BadInput(f"{kind} packs {block} weights together and {name}={width} is no multiple of that: export as q8_0 or f16 instead")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as cleanup:
-        folder = pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)))
-        written = folder / "float"
-        write(loaded, written, kind if kind in FLOATS else "f32")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        temporary.mkdir()
+        write(loaded, temporary / "float", kind if kind in FLOATS else "f32")
         if kind in QUANTISED:
-            written = quantise(written, folder / "quantised", kind)
-        os.replace(written, path)
+            quantise(temporary / "float", temporary / "quantised", kind)
+        os.replace(temporary / ("float" if kind in FLOATS else "quantised"), path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise
+        raise BadInput(f"{path} could not be written ({error}): is the disk full?") from error  # numpy's and llama.cpp's way to say so
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def quantise(source: pathlib.Path, target: pathlib.Path, kind: str) -> pathlib.Path:
+def quantise(source: pathlib.Path, target: pathlib.Path, kind: str) -> None:
     """llama.cpp's quantiser, on all cores."""
+    from cyllama.llama import llama_cpp  # the float types do without
+
     params = llama_cpp.LlamaModelQuantizeParams()
     params.ftype = int(QUANTISED[kind][0])
     llama_cpp.set_log_callback(lambda level, text: None)  # it narrates each tensor
     llama_cpp.model_quantize(str(source), str(target), params)
-    return target
 
 
 def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     """A GGUF file with all weights in one float type; norms stay float32, as llama.cpp wants them."""
-    m, (dtype, _, file_type) = loaded.model, FLOATS[kind]
+    m, (dtype, raw_dtype, file_type) = loaded.model, FLOATS[kind]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
     writer.add_name(f"nanollama {m.num_params / 1e6:,.1f}M {provenance(loaded.metadata).get('phase', 'imported')}")
@@ -102,22 +108,22 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     writer.add_layer_norm_rms_eps(m.norm_eps)
     add_tokenizer(writer, loaded.tokenizer)
 
-    tensors = {gguf_name(name): (path_and_axes, name) for name, path_and_axes in hf_names(m.num_layers).items()}
-    kinds = {}
-    for name, ((our_path, axes), _) in tensors.items():
-        value = to_hf(loaded.params, our_path, axes)
-        kinds[name] = np.dtype(dtype if value.ndim > 1 else np.float32)
-        raw = FLOATS[kind][1] if value.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor_info(name, value.shape, kinds[name], value.size * kinds[name].itemsize, raw_dtype=raw)
+    names = {gguf_name(name): path_and_axes for name, path_and_axes in hf_names(m.num_layers).items()}
+    for name, path_and_axes in names.items():
+        value = to_hf(loaded.params, *path_and_axes)
+        stored, raw = (np.dtype(dtype), raw_dtype) if value.ndim > 1 else (np.dtype(np.float32), gguf.GGMLQuantizationType.F32)
+        writer.add_tensor_info(name, value.shape, stored, value.size * stored.itemsize, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     heads = {"attn_q": m.num_heads, "attn_k": m.num_kv_heads}
-    for name, ((our_path, axes), _) in tensors.items():
-        value = to_hf(loaded.params, our_path, axes)
+    for name, path_and_axes in names.items():
+        value = to_hf(loaded.params, *path_and_axes)
         if (count := heads.get(name.split(".")[-2])) is not None:
             value = interleave_pairs(value, count)
-        writer.write_tensor_data(np.ascontiguousarray(value, dtype=kinds[name]))
+        with np.errstate(over="ignore"):  # of a float16: said by `finite`
+            value = np.ascontiguousarray(value, dtype if value.ndim > 1 else np.float32)
+        writer.write_tensor_data(finite(value, name))
     writer.close()
 
 

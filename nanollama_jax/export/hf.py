@@ -5,7 +5,6 @@ converted a shard at a time. Exporting, importing and exporting again gives the 
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -24,7 +23,7 @@ from safetensors.numpy import save_file
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export.model_card import model_card, provenance
+from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
 from nanollama_jax.export.tokenizer_json import tokenizer_files
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
@@ -69,12 +68,19 @@ def to_hf(params: dict[str, Any], path: str, input_axes: int) -> np.ndarray:
 def export(
     loaded: checkpoint.Loaded, folder: str | os.PathLike, dtype: str = "bfloat16", *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes `folder`, whole or not at all. Raises BadInput if it exists (and is not to be overwritten), or the tokenizer cannot be expressed."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and not overwrite:
-        raise BadInput(f"{folder} exists: remove it, choose another --out, or give --overwrite")
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    """Writes `folder`, whole or not at all; only an earlier export is overwritten, and it is there until the new one is whole.
+
+    Raises BadInput if the folder exists and is not to be overwritten, the tokenizer cannot be expressed, a weight is not finite, or the disk is full.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise BadInput(f"{folder} exists: remove it, choose another --out, or give --overwrite")
+        if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and "nanollama" not in _read_json(folder / "config.json")):
+            raise BadInput(f"{folder} is no earlier export, and is not overwritten: choose another --out")
+    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.replaced")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
         configs = {"config.json": config_json(loaded, dtype), "generation_config.json": generation_config(loaded.tokenizer)}
         files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in configs.items()}
@@ -83,11 +89,17 @@ def export(
         for name, contents in files.items():
             (temporary / name).write_bytes(contents)
         write_safetensors(loaded, temporary, DTYPES[dtype], shard_bytes)
-        replaced = folder.with_name(f"{temporary.name}.replaced")
         if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             os.replace(folder, replaced)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except BaseException:
+            os.replace(replaced, folder)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
+    except safetensors.SafetensorError as error:  # how its writer reports what the operating system says
+        raise BadInput(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,12 +118,18 @@ def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: An
     one = len(shards) == 1
     files = ["model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: np.ascontiguousarray(to_hf(loaded.params, *names[name]).astype(dtype)) for name in shard}
+        tensors = {name: finite(np.ascontiguousarray(to_hf(loaded.params, *names[name]).astype(dtype)), name) for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
     if not one:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def finite(tensor: np.ndarray, name: str) -> np.ndarray:
+    if not np.isfinite(tensor).all():
+        raise BadInput(f"{name} has values that are not finite in {tensor.dtype}: the run diverged, or the type is too narrow; use another")
+    return tensor
 
 
 def config_json(loaded: checkpoint.Loaded, dtype: str) -> dict[str, Any]:
@@ -152,67 +170,76 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 def read(folder: str | os.PathLike) -> checkpoint.Loaded:
     """A Hugging Face folder of a Llama, in memory. Raises BadInput for what is not one, is incomplete, or would not be the same model here."""
     folder = pathlib.Path(folder)
-    config = _read_config(folder)
-    model = _model_of(config, folder)
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "llama":
+        raise BadInput(f"{folder} is of architecture {config.get('model_type')!r}; only 'llama' can be imported")
+    model, rope_theta = _model_of(config, folder), _rope_theta(config, folder)
+    context_length = _number(config, "max_position_embeddings", folder, 2, 2**30, default=2048)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     if tokenizer.vocab_size != model.vocab_size:
         raise BadInput(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces and config.json says vocab_size={model.vocab_size}: they must agree"
         )
-    rope_theta = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10_000.0
-    metadata = {
-        "weights_only": True,
-        "phase": "imported",
-        "step": 0,
-        "tokens_seen": 0,
-        "model": dataclasses.asdict(model),
-        "rope_theta": float(rope_theta),
-        "context_length": int(config.get("max_position_embeddings", 2048)),
-        "tokenizer_sha256": tokenizer.sha256,
-        "provenance": config.get("nanollama") or {"imported_from": folder.resolve().name},
-    }
-    return checkpoint.Loaded(model, _read_params(folder, model, bool(config.get("tie_word_embeddings"))), tokenizer, metadata, folder)
+    params = _read_params(folder, model, config.get("tie_word_embeddings") is True)
+    origin = restored_provenance(config.get("nanollama")) or {"imported_from": folder.resolve().name}
+    metadata = checkpoint.weights_metadata(model, tokenizer, rope_theta, context_length, origin)
+    return checkpoint.Loaded(model, params, tokenizer, metadata, folder)
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"{folder}/config.json: {error.strerror}: give a Hugging Face model folder") from error
-    except ValueError as error:
-        raise BadInput(f"{folder}/config.json is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise BadInput(f"{folder} is of architecture {found!r}; only 'llama' can be imported")
-    return config
+        raise BadInput(f"{path}: {error.strerror}: give a Hugging Face model folder") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _number(config: dict[str, Any], key: str, folder: pathlib.Path, low: float, high: float, default: float | None = None) -> Any:
+    """A number of config.json, an int where `low` is one. The file is not trusted."""
+    value = config.get(key)
+    value = default if value is None else value
+    kind = int if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise BadInput(f"{folder}/config.json: {key}={value!r:.80} must be a number from {low:g} to {high:g}")
+    return value
+
+
+def _rope_theta(config: dict[str, Any], folder: pathlib.Path) -> float:
+    """Of whichever of the two spellings is used; a RoPE that is scaled in any way is refused."""
+    for key in ("rope_scaling", "rope_parameters"):
+        about = config.get(key) or {}
+        plain = isinstance(about, dict) and about.keys() <= {"rope_type", "type", "rope_theta"}
+        if not plain or {about.get("rope_type", "default"), about.get("type", "default")} != {"default"}:
+            raise BadInput(f"{folder}: the model has a scaled RoPE ({key}), which this Llama does not have: it cannot be imported")
+    nested = config.get("rope_parameters") or {}
+    return float(_number(nested if "rope_theta" in nested else config, "rope_theta", folder, 1.0, 1e12, default=10_000.0))
 
 
 def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     for wrong, what in (
-        (config.get("hidden_act", "silu") != "silu", f"hidden_act={config.get('hidden_act')!r}"),
+        (config.get("hidden_act", "silu") != "silu", f"hidden_act={config.get('hidden_act')!r:.80}"),
         (config.get("attention_bias"), "attention_bias"),
         (config.get("mlp_bias"), "mlp_bias"),
-        (scaling.get("rope_type", scaling.get("type", "default")) != "default", "a scaled RoPE (rope_scaling)"),
         (config.get("quantization_config"), "quantised weights"),
     ):
         if wrong:
             raise BadInput(f"{folder}: the model has {what}, which this Llama does not have: it cannot be imported")
-    try:
-        heads, d_model = config["num_attention_heads"], config["hidden_size"]
-        return ModelConfig(
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            d_model=d_model,
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or d_model // heads,
-            ffn_dim=config["intermediate_size"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            scan_layers=False,
-        )
-    except KeyError as error:
-        raise BadInput(f"{folder}/config.json lacks {error}") from None
+    d_model, heads = _number(config, "hidden_size", folder, 1, 2**20), _number(config, "num_attention_heads", folder, 1, 2**12)
+    return ModelConfig(
+        vocab_size=_number(config, "vocab_size", folder, 1, 2**24),
+        num_layers=_number(config, "num_hidden_layers", folder, 1, 1000),
+        d_model=d_model,
+        num_heads=heads,
+        num_kv_heads=_number(config, "num_key_value_heads", folder, 1, 2**12, default=heads),
+        head_dim=_number(config, "head_dim", folder, 2, 2**16, default=d_model // heads),
+        ffn_dim=_number(config, "intermediate_size", folder, 1, 2**24),
+        norm_eps=_number(config, "rms_norm_eps", folder, 0.0, 1.0, default=1e-6),
+        scan_layers=False,
+    )
 
 
 def _read_params(folder: pathlib.Path, model: ModelConfig, tied: bool) -> dict[str, Any]:
@@ -230,7 +257,9 @@ def _read_params(folder: pathlib.Path, model: ModelConfig, tied: bool) -> dict[s
             source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
             if source not in holder:
                 raise BadInput(f"{folder} has no tensor {name}: is a file missing?")
-            value = holder[source].get_tensor(source).astype(np.float32)
+            if (stored := holder[source].get_slice(source).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
+                raise BadInput(f"{folder}: {source} is of type {stored}, not a float: quantised weights cannot be imported")
+            value = finite(holder[source].get_tensor(source).astype(np.float32), source)
             *parents, leaf = path.split("/")
             shape = functools.reduce(lambda tree, part: tree[part], [*parents, leaf], shapes).shape
             theirs = (math.prod(shape[input_axes:]), math.prod(shape[:input_axes])) if input_axes else shape
@@ -242,11 +271,16 @@ def _read_params(folder: pathlib.Path, model: ModelConfig, tied: bool) -> dict[s
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        other = " (weights in pickle files are not opened: convert them)" if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) else ""
-        raise BadInput(f"{folder} has no .safetensors file{other}")
-    return files
+    """As transformers: `model.safetensors`, else the files that the index names."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if (folder / "model.safetensors.index.json").exists():
+        names = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) and name == os.path.basename(name) for name in names.values()):
+            raise BadInput(f"{folder}/model.safetensors.index.json has no weight_map of file names")
+        return [folder / name for name in sorted(set(names.values()))]
+    other = " (weights in pickle files are not opened: convert them)" if any(folder.glob("*.bin")) or any(folder.glob("*.pth")) else ""
+    raise BadInput(f"{folder} has no model.safetensors, and no index of several{other}")
 
 
 def _open(path: pathlib.Path) -> safetensors.safe_open:

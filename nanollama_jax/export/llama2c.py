@@ -1,6 +1,5 @@
 """llama2.c's checkpoints (github.com/karpathy/llama2.c, version 0: stories15M.bin and the like) and its tokenizer files, as ours."""
 
-import dataclasses
 import os
 import pathlib
 import struct
@@ -81,17 +80,7 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
         vocab_size=V, num_layers=L, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, ffn_dim=F, norm_eps=1e-5, scan_layers=False
     )  # fmt: skip
     tokenizer = read_tokenizer(tokenizer_path, V)
-    metadata = {
-        "weights_only": True,
-        "phase": "imported",
-        "step": 0,
-        "tokens_seen": 0,
-        "model": dataclasses.asdict(model),
-        "rope_theta": 10_000.0,
-        "context_length": context_length,
-        "tokenizer_sha256": tokenizer.sha256,
-        "provenance": {"imported_from": path.name},
-    }
+    metadata = checkpoint.weights_metadata(model, tokenizer, 10_000.0, context_length, {"imported_from": path.name})
     return checkpoint.Loaded(model, params, tokenizer, metadata, path)
 
 

@@ -6,11 +6,12 @@ from nanollama_jax.model import ModelConfig
 
 
 def provenance(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What an export says of its training; an imported model's is that of before. No paths and no addresses: those may be private."""
-    if "provenance" in metadata:
+    """What an export says of its training; that of an imported model is what its folder said. No paths and no addresses: those may be private."""
+    if metadata.get("weights_only"):
         return metadata["provenance"]
     corpora = metadata["config"].get("corpora", {})
-    return {
+    origin = {"started_from": metadata["provenance"]} if metadata.get("provenance") else {}
+    return origin | {
         "phase": metadata["phase"],
         "step": metadata["step"],
         "tokens_seen": metadata["tokens_seen"],
@@ -19,6 +20,35 @@ def provenance(metadata: dict[str, Any]) -> dict[str, Any]:
         "data_sha256": metadata["data_sha256"],
         "git_commit": metadata["git_commit"],
     }
+
+
+_KINDS = {"phase": str, "step": int, "tokens_seen": int, "corpora": dict, "tokenizer_sha256": str, "data_sha256": str, "git_commit": str}
+
+
+def restored_provenance(found: Any) -> dict[str, Any] | None:
+    """What `provenance` once wrote, from a file that is not trusted; None for anything else."""
+    if not isinstance(found, dict):
+        return None
+    rest = {key: value for key, value in found.items() if key != "started_from"}
+    if rest.keys() == {"imported_from"}:
+        good = isinstance(rest["imported_from"], str) and rest["imported_from"].isprintable()
+    else:
+        good = rest.keys() == _KINDS.keys() and all(isinstance(rest[key], kind) for key, kind in _KINDS.items())
+        texts = (
+            [*(value for value in rest.values() if isinstance(value, str)), *(part for item in rest.get("corpora", {}).items() for part in item)]
+            if good
+            else []
+        )
+        good = good and all(isinstance(text, str) and text.isprintable() for text in texts)
+    if not good or ("started_from" in found and restored_provenance(found["started_from"]) is None):
+        return None
+    return found
+
+
+def _origin(about: dict[str, Any]) -> str:
+    if "imported_from" in about:
+        return about["imported_from"]
+    return f"step {about['step']:,} of {about['phase']} ({', '.join(about['corpora'])})"
 
 
 def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
@@ -38,6 +68,8 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         "",
     ]
     if "step" in about:
+        if "started_from" in about:
+            lines += [f"Started from the weights of {_origin(about['started_from'])}, whose licence holds for this model too.", ""]
         lines += [
             f"Trained with nanollama-jax to step {about['step']:,} ({about['phase']}): {about['tokens_seen'] / 1e6:,.1f}M tokens.",
             "",

@@ -13,6 +13,7 @@ from nanollama_jax.infer.sampling import choose
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.model.attention import KVCache
 
+NOT_FINITE = -2  # in place of a token
 HEAD_TOKENS = 1024  # whose logits exist at a time when scoring
 
 
@@ -37,7 +38,7 @@ def prefill(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: 
     return caches
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "switches"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "steps", "switches", "pieces"), donate_argnames="state")
 def decode(
     params: Any,
     state: DecodeState,
@@ -49,24 +50,30 @@ def decode(
     model: ModelConfig,
     steps: int,
     switches: frozenset[str],
+    pieces: int,
 ) -> tuple[jax.Array, DecodeState]:
     """Up to `steps` new tokens a row, (B, steps) int32, -1 where a row had ended; stops early when all have. `allowed_BW` is a grammar's mask:
-    bit v % 32 of word v // 32 says whether token v may come (int32). `sampling` and `switches` are those of `Sampling`."""
+    bit v % 32 of word v // 32 says whether token v may come (int32). `sampling` and `switches` are those of `Sampling`. Ids from `pieces`, the
+    tokenizer's size, on are never chosen. A row whose logits are not finite ends with NOT_FINITE."""
     B = state.token_B.shape[0]
 
     def step(carry):
         i, out_BC, state = carry
         hidden_B1D, caches = forward(params, state.token_B[:, None], rope_theta, model, state.caches, state.position_B[:, None])
         logits_BV = head(params, hidden_B1D[:, 0])
+        finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
+        token_V = jnp.arange(model.vocab_size)
+        if pieces < model.vocab_size:
+            logits_BV = jnp.where(token_V < pieces, logits_BV, -jnp.inf)
         if allowed_BW is not None:
-            token_V = jnp.arange(model.vocab_size)
             logits_BV = jnp.where((allowed_BW[:, token_V // 32] >> (token_V % 32)) & 1, logits_BV, -jnp.inf)
         seen_BV = None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), state.token_B].set(True)
         chosen_B = choose(logits_BV, seen_BV, state.stream_B, state.position_B, sampling, switches)
+        chosen_B = jnp.where(finite_B, chosen_B, NOT_FINITE)
         token_B = jnp.where(state.done_B, state.token_B, chosen_B)
         position_B = jnp.where(state.done_B, state.position_B, state.position_B + 1)
         out_BC = out_BC.at[:, i].set(jnp.where(state.done_B, -1, token_B))
-        done_B = state.done_B | (token_B[:, None] == stop_ids).any(axis=1) | (position_B >= state.last_B)
+        done_B = state.done_B | (token_B[:, None] == stop_ids).any(axis=1) | (position_B >= state.last_B) | ~finite_B
         return i + 1, out_BC, DecodeState(caches, token_B, position_B, state.last_B, state.stream_B, done_B, seen_BV)
 
     def unfinished(carry):
@@ -83,7 +90,7 @@ def token_logprobs(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, 
     """Natural-log probability of each token, given those before it in its row: (B, T) float32, 0 for the first."""
     B, T = tokens_BT.shape
     hidden_BTD = forward(params, tokens_BT, rope_theta, model)
-    C = min(T, max(1, HEAD_TOKENS // B))  # T and B are powers of two
+    C = min(T, 1 << max(1, HEAD_TOKENS // B).bit_length() - 1)  # a power of two, as T is
 
     def of_chunk(hidden_and_targets):
         hidden_BCD, targets_BC = hidden_and_targets

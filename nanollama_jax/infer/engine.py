@@ -4,8 +4,8 @@
     for completion in engine.generate(["def area(", "The history of"], Sampling(temperature=0.8), max_new_tokens=100):
         print(completion.text)
 
-Shapes are rounded up to buckets, so that few programs are compiled. The whole model lies on each device, in the dtype of its products, and rows
-are split over the devices: at 1B that takes 2.2 GB, and no step waits for weights from elsewhere.
+Shapes are rounded up to buckets, so that few programs are compiled. The whole model lies on each device, in the dtype of its products (bfloat16 on
+a GPU, where 1B takes 2.2 GB; float32 on a CPU), and rows are split over the devices: no step waits for weights from elsewhere.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.errors import BadInput
-from nanollama_jax.infer.constraint import Constraint, Grammars
-from nanollama_jax.infer.decode import DecodeState, decode, logits, prefill, token_logprobs
+from nanollama_jax.infer.constraint import Grammars
+from nanollama_jax.infer.decode import NOT_FINITE, DecodeState, decode, logits, prefill, token_logprobs
 from nanollama_jax.infer.grammar import Grammar
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.infer.text_stream import TextStream
@@ -31,6 +31,7 @@ from nanollama_jax.model.llama import unstack_layers
 from nanollama_jax.tokenizer import Tokenizer
 
 SMALLEST_LENGTH = 32
+NEW_TOKENS = 128  # unless one says how many
 STEPS_A_CALL = 32  # of decode, between two looks of the host (stop strings, Ctrl-C)
 SCORED_TOKENS_A_BATCH = 8192
 
@@ -63,7 +64,13 @@ class Engine:
         # Rows are padded on the right, so plain causal attention is right for them: flash attention on a GPU
         dtype, attention = ("bfloat16", "cudnn") if on_gpu else ("float32", "xla")
         self.model = dataclasses.replace(model, dtype=dtype, attention=attention, document_mask=False, remat="none", scan_layers=False)
-        self.params = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), sharding.replicated(self.mesh)), unstack_layers(params))
+        if tokenizer.vocab_size > model.vocab_size:
+            raise BadInput(
+                f"the tokenizer has {tokenizer.vocab_size} pieces and the model's vocabulary is {model.vocab_size}: they do not belong together"
+            )
+        # Copies: training goes on to donate its own
+        place = lambda x: jax.device_put(jnp.array(x, dtype, copy=True), sharding.replicated(self.mesh))  # noqa: E731
+        self.params = jax.tree.map(place, unstack_layers(params))
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, **options: Any) -> "Engine":
@@ -84,7 +91,7 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         sampling: Sampling = Sampling(),
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = NEW_TOKENS,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | Sequence[Grammar] | None = None,
@@ -93,26 +100,37 @@ class Engine:
 
         A prompt is text (BOS is put before it) or token ids (taken as they are). `stop` are strings, cut off; `stop_ids` default to EOS (and
         `<|im_end|>`, where there is one). `grammar` is one for all, or one for each. A completion ends at the model's context at the latest.
-        Raises BadInput for a prompt that is empty or fills the context, and for a grammar that cannot end within `max_new_tokens`.
+        Raises BadInput, before anything is generated, for a prompt that is empty or fills the context, and for a grammar that is invalid.
         """
+        if isinstance(prompts, str):
+            raise BadInput("prompts is one string: give a list of them")
         encoded = [self._encode(prompt, i) for i, prompt in enumerate(prompts)]
+        grammars = [grammar] * len(encoded) if grammar is None or isinstance(grammar, Grammar) else list(grammar)
+        if len(grammars) != len(encoded):
+            raise BadInput(f"there are {len(encoded)} prompts and {len(grammars)} grammars: give one for all, or one for each")
+        for one in dict.fromkeys(one for one in grammars if one is not None):
+            self.grammars.compile(one)
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-        stop_ids = self.tokenizer.end_ids if stop_ids is None else tuple(stop_ids)
-        grammars = [grammar] * len(encoded) if isinstance(grammar, Grammar) else grammar and list(grammar)
         for start in range(0, len(order), self.max_batch):
             indices = order[start : start + self.max_batch]
-            batch = _Batch(
-                self, [encoded[i] for i in indices], indices, sampling, max_new_tokens, stop, stop_ids, grammars and [grammars[i] for i in indices]
-            )
+            chosen = [encoded[i] for i in indices], indices, [grammars[i] for i in indices]
+            batch = _Batch(self, *chosen, sampling, max_new_tokens, stop, stop_ids)
             for _ in batch.run(STEPS_A_CALL):
                 pass
             yield from zip(indices, batch.completions(), strict=True)
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling = Sampling(), **options: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling = Sampling(),
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
+    ) -> Iterator[str]:
         """Yields the text of one completion as it is settled, token by token, and returns the `Completion`; options as for `completions`."""
-        options = dict(max_new_tokens=128, stop=(), stop_ids=self.tokenizer.end_ids) | options
-        grammar = options.pop("grammar", None)
-        batch = _Batch(self, [self._encode(prompt, 0)], [0], sampling, grammars=grammar and [grammar], **options)
+        batch = _Batch(self, [self._encode(prompt, 0)], [0], [grammar], sampling, max_new_tokens, stop, stop_ids)
         for (piece,) in batch.run(steps=1):
             if piece:
                 yield piece
@@ -130,7 +148,7 @@ class Engine:
             of_length.setdefault(bucket(len(sequence), SMALLEST_LENGTH), []).append(i)
         found: dict[int, np.ndarray] = {}
         for length, indices in of_length.items():
-            rows = bucket(max(1, SCORED_TOKENS_A_BATCH // length), self.mesh.size)
+            rows = bucket(min(len(indices), max(1, SCORED_TOKENS_A_BATCH // length)), self.mesh.size)
             for start in range(0, len(indices), rows):
                 chosen = indices[start : start + rows]
                 tokens_BT = self.place(pad([sequences[i] for i in chosen], rows, length))
@@ -150,7 +168,10 @@ class Engine:
         return jax.device_put(rows, sharding.batch_sharding(self.mesh))
 
     def _encode(self, prompt: str | Sequence[int], index: int) -> list[int]:
-        tokens = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+        try:
+            tokens = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BadInput(f"prompt {index} is neither text that can be written as UTF-8 nor a list of token ids: {prompt!r:.80}") from error
         self._check(tokens, f"prompt {index}", longest=self.context_length - 1)
         return tokens
 
@@ -173,22 +194,26 @@ class _Batch:
         engine: Engine,
         prompts: list[list[int]],
         streams: Sequence[int],
+        grammars: Sequence[Grammar | None],
         sampling: Sampling,
         max_new_tokens: int,
         stop: Sequence[str],
-        stop_ids: Sequence[int],
-        grammars: Sequence[Grammar] | None,
+        stop_ids: Sequence[int] | None,
     ):
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         padding = bucket(len(prompts), engine.mesh.size) - len(prompts)
         length_B = np.array([len(prompt) for prompt in prompts] + [1] * padding, np.int32)
-        last_B = np.minimum(length_B - 1 + max_new_tokens, engine.context_length - 1)
+        last_B = np.minimum(length_B - 1 + min(max_new_tokens, engine.context_length), engine.context_length - 1)
         self._engine, self._sampling = engine, sampling
         self._budgets = (last_B - length_B + 1)[: len(prompts)].tolist()
+        stop_ids = engine.tokenizer.end_ids if stop_ids is None else tuple(stop_ids)
         self._texts = [TextStream(engine.tokenizer, prompt, stop, stop_ids) for prompt in prompts]
-        self._constraints: list[Constraint] = [engine.grammars.start(*one) for one in zip(grammars or [], self._budgets, strict=False)]
-        self._stop_ids = jnp.array([] if grammars else stop_ids, jnp.int32)  # under a grammar the host decides what ends
+        self._constraints = [
+            None if grammar is None else engine.grammars.start(grammar, budget) for grammar, budget in zip(grammars, self._budgets, strict=True)
+        ]
+        self._constrained = any(self._constraints)
+        self._stop_ids = jnp.array([] if self._constrained else stop_ids, jnp.int32)  # under a grammar the host decides what ends
 
         tokens_BT = pad(prompts, len(length_B), bucket(int(length_B.max()), SMALLEST_LENGTH))
         slots = max(tokens_BT.shape[1], bucket(int(last_B.max()), SMALLEST_LENGTH))  # the token at last_B is never attended to
@@ -209,28 +234,30 @@ class _Batch:
             )
 
     def run(self, steps: int) -> Iterator[list[str]]:
-        """Decodes to the end, `steps` at a time; yields the text that each call settled for each prompt."""
-        if self._constraints:
+        """Decodes to the end, `steps` at a time (one under a grammar); yields the text that each call settled for each prompt."""
+        if self._constrained:
             yield from self._run_constrained()
             return
         # When streaming, the next step is dispatched before the host looks at this one's token: the device does not wait for it.
-        ahead = 1 if steps == 1 else 0
-        calls = [self._decode(steps) for _ in range(ahead)]
+        calls = [self._decode(steps)] if steps == 1 else []
         while self._unfinished():
             calls.append(self._decode(steps))
-            yield [self._push(row, tokens_C[tokens_C >= 0].tolist()) for row, tokens_C in self._rows(calls.pop(0))]
+            tokens_BC = fetch(calls.pop(0))
+            yield [self._push(row, tokens_BC[row][tokens_BC[row] >= 0].tolist()) for row in range(len(self._texts))]
 
     def _run_constrained(self) -> Iterator[list[str]]:
         """One step at a time: what the grammar allows next is known when the host has seen the last token."""
         allowed_BW = np.full((self._state.token_B.shape[0], -(-self._engine.model.vocab_size // 32)), -1, np.int32)
         while running := self._unfinished():
             for row in running:
-                self._constraints[row].fill_mask(allowed_BW[row])
-            token_B = np.asarray(self._decode(1, self._engine.place(allowed_BW)))[:, 0].copy()
+                if constraint := self._constraints[row]:
+                    constraint.fill_mask(allowed_BW[row])
+            token_B = fetch(self._decode(1, self._engine.place(allowed_BW)))[:, 0].copy()
             pieces = [""] * len(self._texts)
             for row in running:
-                token_B[row] = self._constraints[row].accept(int(token_B[row]))
-                pieces[row] = self._push(row, [int(token_B[row])], at_end="stop" if self._constraints[row].finished else None)
+                constraint = self._constraints[row]
+                token_B[row] = constraint.accept(int(token_B[row])) if constraint else token_B[row]
+                pieces[row] = self._push(row, [int(token_B[row])], at_end="stop" if constraint and constraint.finished else None)
             self._state = self._state._replace(token_B=self._engine.place(token_B))
             yield pieces
 
@@ -250,11 +277,17 @@ class _Batch:
         engine, values, switches = self._engine, self._sampling.values, self._sampling.switches
         with sharding.use_mesh(engine.mesh):
             args = (engine.params, self._state, allowed_BW, self._stop_ids, engine.rope_theta, values)
-            out_BC, self._state = decode(*args, model=engine.model, steps=steps, switches=switches)
+            pieces = engine.tokenizer.vocab_size
+            out_BC, self._state = decode(*args, model=engine.model, steps=steps, switches=switches, pieces=pieces)
         return out_BC
 
-    def _rows(self, out_BC: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
-        return zip(range(len(self._texts)), np.asarray(out_BC), strict=False)
+
+def fetch(out_BC: jax.Array) -> np.ndarray:
+    """What `decode` gave, on the host. Raises BadInput where logits were not finite."""
+    tokens_BC = np.asarray(out_BC)
+    if (tokens_BC == NOT_FINITE).any():
+        raise BadInput("the model's logits are not finite: the checkpoint is of a run that diverged, or damaged; use an earlier one")
+    return tokens_BC
 
 
 def bucket(size: int, smallest: int) -> int:

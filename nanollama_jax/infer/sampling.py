@@ -22,17 +22,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise BadInput(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise BadInput(f"top_k={self.top_k} must be 0 (off) or more")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise BadInput(f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
+        if not 0 <= self.top_k < 2**31:
+            raise BadInput(f"top_k={self.top_k} must be 0 (off) or more, and below 2**31")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
         if not 0 <= self.min_p < 1:
             raise BadInput(f"min_p={self.min_p} must be at least 0 (off) and below 1")
         if not 0 < self.repetition_penalty < float("inf"):
             raise BadInput(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is off)")
-        if not 0 <= self.seed < 2**32:
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise BadInput(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1")
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
             raise BadInput("top_k, top_p and min_p choose what to draw from, and at temperature=0 nothing is drawn: set a temperature, such as 0.8")

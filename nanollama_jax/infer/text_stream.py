@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
 _CONTEXT = 8  # tokens decoded again in front of new ones: some models strip the space of the very first piece, and bytes join to characters
-_UNFINISHED = "\ufffd"  # how the decoder writes bytes that are not (yet) a character
 
 
 class TextStream:
@@ -13,14 +13,16 @@ class TextStream:
     it ends: "stop" here, "length" by the caller."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), stop_ids: Sequence[int] = ()):
-        self._tokenizer, self._stop, self._stop_ids = tokenizer, tuple(stop), frozenset(stop_ids)
+        self._tokenizer, self._stop, self._stop_ids = tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), frozenset(stop_ids)
+        if not all(self._stop):
+            raise BadInput("a stop string is empty: leave it out")
         self.tokens: list[int] = []
         self.text = ""  # settled
         self.finish_reason: str | None = None
         self._given = 0  # characters of `text` that were handed out
         self._window = list(prompt[-_CONTEXT:])  # a few settled tokens, then those whose text is not settled
-        self._settled = len(self._window)
-        self._before = tokenizer.decode(self._window).rstrip(_UNFINISHED)  # the text of the settled ones
+        self._settled = len(self._window) - tokenizer.unfinished_bytes(self._window)
+        self._before = tokenizer.decode(self._window[: self._settled])
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` settle; what could be the beginning of a stop string is held back. After the end, nothing."""
@@ -44,21 +46,20 @@ class TextStream:
         return self._hand_out()
 
     def _settle(self, all_of_it: bool) -> None:
-        whole = self._tokenizer.decode(self._window)
-        if whole.endswith(_UNFINISHED) and not all_of_it:
-            return
+        unfinished = 0 if all_of_it else self._tokenizer.unfinished_bytes(self._window)
+        settled = self._window[: len(self._window) - unfinished]
+        whole = self._tokenizer.decode(settled)
         new = whole[len(self._before) :]
         searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += new
         ends = [at for at in (self.text.find(string, searched_from) for string in self._stop) if at >= 0]
         if ends:
             self.text, self.finish_reason = self.text[: min(ends)], "stop"
-        if new and len(self._window) > _CONTEXT:
-            self._window = self._window[self._settled - len(self._window) :] if self._settled < len(self._window) else self._window
-            self._before = self._tokenizer.decode(self._window)
-        else:
-            self._before = whole
-        self._settled = len(self._window)
+        self._before = whole
+        if new and len(settled) > _CONTEXT:
+            del self._window[: self._settled]
+            self._before = self._tokenizer.decode(self._window[: len(self._window) - unfinished])
+        self._settled = len(self._window) - unfinished
 
     def _hand_out(self) -> str:
         end = len(self.text)

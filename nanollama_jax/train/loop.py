@@ -90,7 +90,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
         about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: sources[k] for k in config.data.sources})}
         origin, origin_step = find_origin(config, workdir, model, about_data)
-        context_length = max(config.seq_len, checkpoint.read_metadata(origin, origin_step)["context_length"] if origin else 0)
+        before = checkpoint.read_metadata(origin, origin_step) if origin else {}
+        inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
         if is_main:
@@ -157,7 +158,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             return perplexity["all"]
 
         def save() -> None:
-            about = describe(config, model, step, float(rope_theta(step)), about_data) | {"context_length": context_length}
+            about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited
             checkpoints.save(step, state, batches.get_state(), about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
@@ -274,6 +275,8 @@ def measure_perplexity(measure: Callable, params: Any, rope_theta: np.float32, b
 def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, about_data: dict[str, str]) -> tuple[pathlib.Path | None, int]:
     """The workdir and step to start from: the run's own latest checkpoint, else that of `config.init_from`, else (None, 0)."""
     if found := checkpoint.find(workdir):
+        if checkpoint.read_metadata(*found).get("weights_only"):
+            raise BadInput(f"{workdir} holds imported weights: choose another --workdir, and start from them with --config.init_from={workdir}")
         check_same(*found, model, about_data)
         check_same_batches(*found, config)
         return found

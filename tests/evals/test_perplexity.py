@@ -21,7 +21,7 @@ BOS, THETA = 1, 1e4
 
 
 class ByteTokenizer:
-    bos_id = BOS
+    bos_id, vocab_size = BOS, 259
 
     def encode(self, text, *, bos=False):
         return [BOS] * bos + [byte + 3 for byte in text.encode()]

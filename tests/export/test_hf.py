@@ -1,6 +1,8 @@
 """Exports read by transformers, and imported again."""
 
+import dataclasses
 import json
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -8,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export import hf, llama2c
+from nanollama_jax.export import gguf, hf, llama2c
 from nanollama_jax.export.compare import Transformers
+from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import llama
 from nanollama_jax.model.llama import stack_layers
@@ -144,7 +147,10 @@ def test_training_goes_on_from_an_import(exported, trained, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]["validation_perplexity"]["code"]
     assert rows[0]["validation_perplexity"]["code"] == pytest.approx(before, rel=1e-4)
-    assert checkpoint.load(tmp_path / "run").metadata["step"] == 2
+    after = checkpoint.load(tmp_path / "run").metadata
+    assert after["step"] == 2 and after["provenance"]["phase"] == "phase1"
+    with pytest.raises(BadInput, match="holds imported weights"):
+        train(config, tmp_path / "imported")
 
 
 def test_tied_embeddings(loaded, exported, tmp_path):
@@ -196,6 +202,14 @@ def broken(exported, folder, **changes):
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(num_hidden_layers=3), r"no tensor model.layers.2.input_layernorm.weight"),
         (dict(num_hidden_layers=1), r"model.layers.1.input_layernorm.weight, which a Llama of its config.json has not \(9 such"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be a number from 1 to 1000"),
+        (dict(num_attention_heads="8"), "num_attention_heads='8' must be a number"),
+        (dict(max_position_embeddings=-5), "max_position_embeddings=-5 must be"),
+        (dict(rope_theta=float("nan")), "rope_theta=nan must be"),
+        (dict(rms_norm_eps="x"), "rms_norm_eps='x' must be"),
+        (dict(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "yarn"}), "scaled RoPE"),
+        (dict(rope_parameters={"full_attention": {"rope_type": "yarn"}}), "scaled RoPE"),
+        (dict(rope_scaling="linear"), "scaled RoPE"),
         (dict(intermediate_size=512), r"mlp.gate_proj.weight has shape \[768, 256\], and config.json asks for \[512, 256\]"),
     ],
 )
@@ -222,19 +236,75 @@ def test_damaged_folders(exported, tmp_path):
         hf.read(folder)
 
 
-def test_nothing_is_overwritten_unasked_or_left_behind(loaded, exported, tmp_path, monkeypatch):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine").touch()
-    with pytest.raises(BadInput, match="exists"):
-        hf.export(loaded, target)
-    monkeypatch.setattr(hf, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        hf.export(loaded, target, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (target / "mine").exists(), "a failed export changes nothing"
-    monkeypatch.undo()
-    hf.export(loaded, target, overwrite=True)
-    assert (target / "model.safetensors").exists() and not (target / "mine").exists()
+def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("mine", "link", "run"):
+        with pytest.raises(BadInput, match="exists"):
+            hf.export(loaded, tmp_path / name)
+        with pytest.raises(BadInput, match=r"config.json|is no earlier export"):
+            hf.export(loaded, tmp_path / name, overwrite=True)
+    assert (tmp_path / "mine/precious").exists() and checkpoint.find(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "run"], "nothing is left behind"
+
+
+def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path):
+    """A limit on the size of files stands for the disk's end; the real writers meet it."""
+    hf.export(loaded, tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(BadInput, match="could not be written"):
+            hf.export(loaded, tmp_path / "out", "float32", overwrite=True)
+        with pytest.raises(BadInput, match="is the disk full"):
+            gguf.export(loaded, tmp_path / "out.gguf", "f16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/model.safetensors").read_bytes() == before
+    hf.export(loaded, tmp_path / "out", "float32", overwrite=True)
+    assert (tmp_path / "out/model.safetensors").stat().st_size > len(before)
+
+
+def test_weights_that_are_not_finite(loaded, exported, tmp_path):
+    scale = loaded.params["final_norm"]["scale"].copy()
+    scale[3] = np.nan
+    diverged = dataclasses.replace(loaded, params=loaded.params | {"final_norm": {"scale": scale}})
+    with pytest.raises(BadInput, match="model.norm.weight has values that are not finite"):
+        hf.export(diverged, tmp_path / "out")
+    head = loaded.params["head"]["kernel"] * 1e6
+    with pytest.raises(BadInput, match=r"output.weight has values that are not finite in float16"):
+        gguf.export(dataclasses.replace(loaded, params=loaded.params | {"head": {"kernel": head}}), tmp_path / "out.gguf", "f16")
+    folder = broken(exported, tmp_path / "nan")
+    save_file(load_file(folder / "model.safetensors") | {"model.norm.weight": scale}, folder / "model.safetensors")
+    with pytest.raises(BadInput, match="model.norm.weight has values that are not finite"):
+        hf.read(folder)
+
+
+def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
+    folder = broken(exported, tmp_path / "more")
+    save_file({"tok_embeddings.weight": np.zeros((2, 2), np.float32)}, folder / "consolidated.safetensors")
+    save_file({"model.norm.weight": np.zeros(256, np.float32)}, folder / "zz-old.safetensors")
+    np.testing.assert_array_equal(hf.read(folder).params["final_norm"]["scale"], loaded.params["final_norm"]["scale"])
+    hf.export(loaded, tmp_path / "shards", shard_bytes=2_000_000)
+    next((tmp_path / "shards").glob("model-00002*")).unlink()
+    with pytest.raises(BadInput, match="model-00002-of-"):
+        hf.read(tmp_path / "shards")
+
+
+def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_path):
+    about = {"weights_only": True, "provenance": {"imported_from": "TinyLlama-1.1B"}}
+    assert provenance(about) == {"imported_from": "TinyLlama-1.1B"}
+    trained_on = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text()) | {"provenance": about["provenance"]}
+    found = provenance(trained_on)
+    assert found["started_from"] == about["provenance"] and restored_provenance(found) == found
+    assert "Started from the weights of TinyLlama-1.1B" in model_card(checkpoint.load(trained).model, trained_on, "float32")
+    for untrusted in ("x", [1], {"foo": 1}, {"step": 1}, {"imported_from": "a\n# evil"}, found | {"step": "x"}, found | {"corpora": {"a": "b\n"}}):
+        assert restored_provenance(untrusted) is None
+    folder = broken(exported, tmp_path / "odd", nanollama="x")
+    assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
 
 
 def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):

@@ -1,6 +1,9 @@
 """The engine against transformers: greedy tokens, cached logits at every position, log-probabilities."""
 
+import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,10 @@ import torch
 
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.errors import BadInput
+from nanollama_jax.export import llama2c
 from nanollama_jax.infer import decode
 from nanollama_jax.infer.engine import Engine, bucket
+from nanollama_jax.infer.grammar import regex
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.model import ModelConfig, llama
 from nanollama_jax.model.llama import stack_layers
@@ -33,10 +38,11 @@ def hf(trained):
 
 
 @pytest.fixture
-def stories(shared_data, trained):
-    """An engine of stories260K, and transformers' model. Only ids matter here, so any tokenizer with BOS and EOS does."""
-    model, params = read_stories260k(shared_data / "weights/stories260K/stories260K.bin")
-    engine = Engine(model, params, checkpoint.load(trained).tokenizer, rope_theta=10_000.0, context_length=512)
+def stories(shared_data):
+    """An engine of stories260K, and transformers' model."""
+    folder = shared_data / "weights/stories260K"
+    model, params = read_stories260k(folder / "stories260K.bin")
+    engine = Engine(model, params, llama2c.read_tokenizer(folder / "tok512.bin", 512), rope_theta=10_000.0, context_length=512)
     return engine, hf_model(model, params, 10_000.0)
 
 
@@ -78,11 +84,11 @@ def test_the_second_batch_and_the_order_of_prompts(engine, hf):
 
 @pytest.mark.parametrize("total", [40, 2048])
 def test_cached_logits_equal_full_logits_at_every_position(total):
-    """Documents packed in one row, masked, against each decoded alone: prefilled with its first third, then token by token."""
+    """Documents packed in one row, masked, against each decoded alone: its first tokens prefilled, then token by token."""
     model = ModelConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, scan_layers=False)
     dummy = jnp.zeros((1, 8), jnp.int32)
     params = jax.tree.map(lambda x: x * 5, llama.nn.meta.unbox(llama.Llama(model).init(jax.random.key(0), dummy, dummy, dummy, 1e4)["params"]))
-    lengths = (total,) if total > 1000 else (21, 3, 16)
+    lengths = (1200, 5, total - 1205) if total > 1500 else (21, 3, 16)
     tokens_BT = np.random.default_rng(0).integers(0, 64, (1, total)).astype(np.int32)
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None].astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
@@ -101,7 +107,7 @@ def test_cached_logits_equal_full_logits_at_every_position(total):
     start = 0
     for n in lengths:
         alone_BT = tokens_BT[:, start : start + n]
-        prefilled = max(1, n // 3)
+        prefilled = 1 if n < 1000 else n // 3
         padded_BT = np.pad(alone_BT[:, :prefilled], ((0, 0), (0, 5)), constant_values=7)  # what padding leaves in the cache must not matter
         caches = decode.prefill(params, padded_BT, jnp.float32(1e4), model=model, slots=total + 8)
         got_BTV = np.asarray(decode_rest(caches, prefilled, alone_BT))
@@ -172,10 +178,56 @@ def test_stops(engine):
     assert ended.text == engine.tokenizer.decode(ended.tokens[:-1])
 
 
+def test_rows_that_end_at_different_times(engine):
+    """By stop strings and tokens, at the context, at the budget: in a batch as alone, streamed or not."""
+    prompts = [*prompts_of(1024), [1] + [7] * 100]
+    options = dict(stop=["self", "\n\n"], stop_ids=list(range(40, 80)), max_new_tokens=70)
+    sampling = Sampling(temperature=1.0, seed=9)
+    together = engine.generate(prompts, sampling, **options)
+    for prompt, completion in zip(prompts[:1], together[:1], strict=True):
+        assert list(engine.stream(prompt, sampling, **options)) and engine.generate([prompt], sampling, **options) == [completion]
+    greedy = engine.generate(prompts, **options)
+    for prompt, completion in zip(prompts, greedy, strict=True):
+        assert "".join(engine.stream(prompt, **options)) == completion.text
+        assert not any(string in completion.text for string in options["stop"])
+    assert len({len(completion.tokens) for completion in together}) > 4
+    assert {completion.finish_reason for completion in together + greedy} == {"stop", "length"}
+
+
+def test_ids_that_the_tokenizer_has_not_are_never_chosen(engine):
+    """A vocabulary that was padded with rows whose logits would win."""
+    more = 40
+    embedding = jnp.pad(engine.params["embedding"]["kernel"], ((0, more), (0, 0)))
+    head = jnp.pad(engine.params["head"]["kernel"], ((0, 0), (0, more))) + jnp.pad(jnp.zeros((256, 1024)), ((0, 0), (0, more)), constant_values=9.0)
+    model = dataclasses.replace(engine.model, vocab_size=1024 + more)
+    params = engine.params | {"embedding": {"kernel": embedding}, "head": {"kernel": head}}
+    padded = Engine(model, params, engine.tokenizer, rope_theta=1e4, context_length=128)
+    assert padded.generate(["def f("], max_new_tokens=10)[0].tokens == engine.generate(["def f("], max_new_tokens=10)[0].tokens
+    with pytest.raises(BadInput, match="the tokenizer has 1024 pieces and the model's vocabulary is 512"):
+        Engine(dataclasses.replace(engine.model, vocab_size=512), engine.params, engine.tokenizer, rope_theta=1e4, context_length=128)
+
+
+def test_logits_that_are_not_finite(engine):
+    params = engine.params | {"head": {"kernel": engine.params["head"]["kernel"].at[0, 5].set(jnp.nan)}}
+    diverged = Engine(engine.model, params, engine.tokenizer, rope_theta=1e4, context_length=128)
+    for options in ({}, {"grammar": regex("[a-z]+")}):
+        with pytest.raises(BadInput, match="logits are not finite"):
+            diverged.generate(["def f("], max_new_tokens=10, **options)
+
+
+def test_training_may_donate_its_parameters(engine):
+    params = jax.tree.map(jnp.array, engine.params)
+    own = Engine(engine.model, params, engine.tokenizer, rope_theta=1e4, context_length=128)
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(params)
+    assert own.generate(["def f("], max_new_tokens=5) == engine.generate(["def f("], max_new_tokens=5)
+
+
 def test_the_context_is_the_end(engine):
     prompt = [1] + [5] * 120
     completion = engine.generate([prompt], max_new_tokens=1000, stop_ids=())[0]
     assert len(prompt) + len(completion.tokens) == engine.context_length == 128 and completion.finish_reason == "length"
+    assert engine.generate([prompt], max_new_tokens=2**40, stop_ids=())[0] == completion
+    assert engine.generate([]) == [] and engine.score([]) == []
 
 
 def test_bad_input(engine):
@@ -189,6 +241,15 @@ def test_bad_input(engine):
         engine.score([[1] * 129])
     with pytest.raises(BadInput, match="max_new_tokens=0"):
         engine.generate(["a"], max_new_tokens=0)
+    with pytest.raises(BadInput, match="prompts is one string"):
+        engine.generate("a")
+    with pytest.raises(BadInput, match="stop string is empty"):
+        engine.generate(["a"], stop=[""])
+    with pytest.raises(BadInput, match="prompt 0 is neither text"):
+        engine.generate(["\ud800"])
+    for grammars in ([], [regex("a"), regex("b")]):
+        with pytest.raises(BadInput, match=f"1 prompts and {len(grammars)} grammars"):
+            engine.generate(["a"], grammar=grammars)
 
 
 def test_buckets():
@@ -211,3 +272,30 @@ def test_what_is_no_checkpoint(trained, tmp_path):
     (tmp_path / "checkpoints/step_5").mkdir()
     with pytest.raises(BadInput, match="damaged"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["state", "state/_METADATA", "state/manifest.ocdbt", "metadata/metadata", "tokenizer/metadata"])
+def test_a_damaged_checkpoint(trained, tmp_path, damage):
+    step = tmp_path / "checkpoints/step_60"
+    shutil.copytree(trained / "checkpoints/step_60", step)
+    if (step / damage).is_dir():
+        shutil.rmtree(step / damage)
+    else:
+        (step / damage).write_bytes((step / damage).read_bytes()[: (step / damage).stat().st_size // 2])
+    with pytest.raises(BadInput, match="step_60 is damaged"):
+        checkpoint.load(tmp_path)
+
+
+def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "curriculum/phase1")
+    monkeypatch.chdir(tmp_path / "curriculum/phase1/checkpoints/step_60")
+    assert {checkpoint.load(path).path.name for path in (".", "../..", tmp_path / "curriculum")} == {"step_60"}
+    other = tmp_path / "curriculum/other/checkpoints/step_60"
+    shutil.copytree(trained / "checkpoints/step_60", other)
+    metadata = json.loads((other / "metadata/metadata").read_text())
+    metadata["model"]["norm_eps"] = 1e-6
+    del metadata["context_length"]  # as the first checkpoints were
+    (other / "metadata/metadata").write_text(json.dumps(metadata))
+    with pytest.raises(BadInput, match=r"several models \(other, phase1\)"):
+        checkpoint.load(tmp_path / "curriculum")
+    assert checkpoint.load(other).context_length == 128
