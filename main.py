@@ -14,7 +14,7 @@ import pathlib
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # the default, 0.75, wastes 14 GB of an H100
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
@@ -32,7 +32,6 @@ def default_workdir() -> str:
 
 
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax and jax narrate
     # Not at the top: the workers that prepare data import this file, and have no use for these.
     import jax
 

@@ -8,7 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from absl import flags
+from absl import flags, logging
 
 
 class BadInput(Exception):
@@ -21,7 +21,11 @@ class RunStopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns `BadInput`, and what the operating system refuses, into one line on stderr and exit status 2; `RunStopped` into one and status 3."""
+    """Turns `BadInput`, and what the operating system refuses, into one line on stderr and exit status 2; `RunStopped` into one and status 3.
+
+    Inside, absl's log is silent: Orbax narrates through it, and writes the traceback of an error there that it also raises.
+    """
+    logging.set_verbosity(logging.FATAL)
     try:
         yield
     except OSError as error:

@@ -10,7 +10,6 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import numpy as np
-from absl import logging
 
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.export.compare import Difference, LlamaCpp, Transformers, transformers_is_installed
@@ -25,7 +24,6 @@ def main() -> None:
     parser.add_argument("--prompt", default="The", help="default: %(default)s")
     parser.add_argument("--max_new_tokens", type=int, default=60, help="default: %(default)s")
     arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         engine = Engine.from_checkpoint(arguments.checkpoint)
         prompt = engine.tokenizer.encode(arguments.prompt, bos=True)

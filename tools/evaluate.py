@@ -16,8 +16,6 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import logging
-
 from nanollama_jax import checkpoint
 from nanollama_jax.data import sources
 from nanollama_jax.errors import BadInput, one_line_errors
@@ -40,7 +38,6 @@ def main() -> None:
     group.add_argument("--stride", type=int, help="tokens that a sliding window advances (default: half the context)")
     group.add_argument("--max_tokens", type=int, default=1_000_000, help="tokens to use of each text (default: %(default)s)")
     arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         if unknown := set(arguments.tasks.split(",")) - set(TASKS):
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")

@@ -10,8 +10,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import logging
-
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.export import hf
@@ -24,7 +22,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         loaded = checkpoint.load(arguments.checkpoint)
         hf.export(loaded, arguments.out, arguments.dtype, overwrite=arguments.overwrite)

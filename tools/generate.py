@@ -19,7 +19,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import rich.console
 import rich.progress
-from absl import logging
 
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.infer.engine import Engine
@@ -105,7 +104,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out and not arguments.prompts:
         parser.error("--out goes with --prompts")
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
         options: dict[str, Any] = dict(max_new_tokens=arguments.max_new_tokens, stop=arguments.stop)

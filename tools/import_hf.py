@@ -11,8 +11,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import logging
-
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.export import hf, llama2c
@@ -28,7 +26,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.llama2c) != bool(arguments.tokenizer):
         parser.error("--llama2c and --tokenizer go together")
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         loaded = hf.read(arguments.folder) if arguments.folder else llama2c.read(arguments.llama2c, arguments.tokenizer)
         written = checkpoint.save_weights(loaded, arguments.workdir)

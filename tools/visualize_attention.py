@@ -10,8 +10,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import logging
-
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.infer.attention_maps import attention_maps, choose_layers, plot, read_tokens
@@ -26,7 +24,6 @@ def main() -> None:
     parser.add_argument("--bins", type=int, default=128, help="squares along a side of a heat map (default: %(default)s)")
     parser.add_argument("--layers", metavar="0,5,21", help="layers to draw heat maps of (default: 8, evenly spaced)")
     arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)  # Orbax narrates
     with one_line_errors():
         pathlib.Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         loaded = checkpoint.load(arguments.checkpoint)

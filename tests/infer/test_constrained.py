@@ -26,7 +26,7 @@ def untrained(trained) -> Engine:
     model = ModelConfig(**MODELS["nano"] | dict(vocab_size=tokenizer.vocab_size, scan_layers=False))
     dummy = jnp.zeros((1, 2), jnp.int32)
     params = nn.meta.unbox(jax.jit(Llama(model).init)(jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4)))["params"]
-    return Engine(model, params, tokenizer, rope_theta=1e4, context_length=1024)
+    return Engine(model, params, tokenizer, rope_theta=1e4, context_length=1024, max_batch=125)
 
 
 def standard(schema):
@@ -51,7 +51,7 @@ def test_tool_calls_of_an_untrained_model(untrained, shared_data):
     assert len({function["name"] for tools in sets for function in tools}) >= 50
     sets = (sets * (GENERATIONS // len(sets) + 1))[:GENERATIONS]
     prompts = [[1]] * GENERATIONS
-    found = untrained.generate(prompts, Sampling(temperature=1.0), max_new_tokens=160, grammar=[tool_call(tools) for tools in sets])
+    found = untrained.generate(prompts, Sampling(temperature=1.0), max_new_tokens=120, grammar=[tool_call(tools) for tools in sets])
     for tools, completion in zip(sets, found, strict=True):
         assert completion.finish_reason == "stop", completion
         call = json.loads(completion.text)

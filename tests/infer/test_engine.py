@@ -21,7 +21,7 @@ from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.model import ModelConfig, llama
 from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
-from tests.model.oracle import hf_model, read_stories260k
+from tests.model.oracle import hf_model, random_params, read_stories260k
 
 GREEDY_TOKENS = 200
 
@@ -86,8 +86,7 @@ def test_the_second_batch_and_the_order_of_prompts(engine, hf):
 def test_cached_logits_equal_full_logits_at_every_position(total):
     """Documents packed in one row, masked, against each decoded alone: its first tokens prefilled, then token by token."""
     model = ModelConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64, scan_layers=False)
-    dummy = jnp.zeros((1, 8), jnp.int32)
-    params = jax.tree.map(lambda x: x * 5, llama.nn.meta.unbox(llama.Llama(model).init(jax.random.key(0), dummy, dummy, dummy, 1e4)["params"]))
+    params = random_params(model)
     lengths = (1200, 5, total - 1205) if total > 1500 else (21, 3, 16)
     tokens_BT = np.random.default_rng(0).integers(0, 64, (1, total)).astype(np.int32)
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None].astype(np.int32)
