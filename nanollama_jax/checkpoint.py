@@ -144,12 +144,12 @@ def load(path: str | os.PathLike) -> Loaded:
     try:
         metadata = read_metadata(workdir, step)
         model_bytes = base64.b64decode(json.loads((folder / "tokenizer" / "metadata").read_text())["sentencepiece_model_base64"])
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            shapes = {"params": checkpointer.metadata(folder / "state").item_metadata.tree["params"]}
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            shapes = {"params": handler.metadata(folder / "state").tree["params"]}
             target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
             restore = ocp.args.PyTreeRestore(item=target, restore_args=on_host, partial_restore=True)
-            params = checkpointer.restore(folder / "state", args=restore)["params"]
+            params = handler.restore(folder / "state", args=restore)["params"]
         model = ModelConfig(**metadata["model"] | dict(scan_layers=False, remat="none"))
         metadata["rope_theta"]
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # Orbax and TensorStore report damage by all of these
