@@ -151,7 +151,7 @@ def load(path: str | os.PathLike) -> Loaded:
             restore = ocp.args.PyTreeRestore(item=target, restore_args=on_host, partial_restore=True)
             params = handler.restore(folder / "state", args=restore)["params"]
         model = ModelConfig(**metadata["model"] | dict(scan_layers=False, remat="none"))
-        metadata["rope_theta"]
+        metadata["rope_theta"]  # or KeyError
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # Orbax and TensorStore report damage by all of these
         raise BadInput(f"{folder} is damaged, or no checkpoint of this program: {' '.join(str(error).split())[:300]}") from error
     return Loaded(model, unstack_layers(params), Tokenizer(folder, model_bytes), metadata, folder)

@@ -73,12 +73,14 @@ def export(
     Raises BadInput if the folder exists and is not to be overwritten, the tokenizer cannot be expressed, a weight is not finite, or the disk is full.
     """
     folder = pathlib.Path(os.path.abspath(folder))
+    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not os.path.lexists(folder):
+        os.replace(replaced, folder)  # an export was killed as it took the earlier one's place
     if os.path.lexists(folder):
         if not overwrite:
             raise BadInput(f"{folder} exists: remove it, choose another --out, or give --overwrite")
         if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and "nanollama" not in _read_json(folder / "config.json")):
             raise BadInput(f"{folder} is no earlier export, and is not overwritten: choose another --out")
-    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.replaced")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
@@ -95,7 +97,8 @@ def export(
         try:
             os.replace(temporary, folder)
         except BaseException:
-            os.replace(replaced, folder)
+            if replaced.exists():
+                os.replace(replaced, folder)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     except safetensors.SafetensorError as error:  # how its writer reports what the operating system says

@@ -266,6 +266,10 @@ def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/model.safetensors").read_bytes() == before
     hf.export(loaded, tmp_path / "out", "float32", overwrite=True)
     assert (tmp_path / "out/model.safetensors").stat().st_size > len(before)
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # as a kill between the two renames leaves it
+    with pytest.raises(BadInput, match="exists"):
+        hf.export(loaded, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "the earlier export is back"
 
 
 def test_weights_that_are_not_finite(loaded, exported, tmp_path):
