@@ -11,7 +11,8 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data.prepare import MANIFEST, prepare_all
+from nanollama_jax.data.prepare import prepare_all
+from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train.loop import train

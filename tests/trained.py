@@ -42,7 +42,7 @@ def _make(folder: pathlib.Path) -> None:
     source = f"file://{folder}/code.jsonl"
     (folder / "code.jsonl").write_text("".join(json.dumps({"text": text[i : i + 4000]}) + "\n" for text in texts for i in range(0, len(text), 4000)))
     train_tokenizer_for([source], folder / "tokenizer.model", VOCAB, 10**6)
-    prepare_source("code", source, "PSF-2.0", folder / "data" / "code", folder / "tokenizer.model", validation_fraction=0.1, tasks=1, workers=1)
+    prepare_source("code", source, "PSF-2.0", folder / "data" / "code", folder / "tokenizer.model", validation_fraction=0.1, tasks=1)
     train(config_of(folder), folder / "run")
 
 

@@ -2,7 +2,9 @@
 
 python tools/benchmark.py train                        our training step against transformers + torch, nano shape, this machine's CPU
 python tools/benchmark.py data                         preparation against bare SentencePiece; packed tokens/s of the pipeline
-python tools/benchmark.py data --source 'file://texts/*.jsonl'
+python tools/benchmark.py data --source 'file://texts/*.jsonl' --tokenizer FILE
+python tools/benchmark.py decontaminate --source URL --benchmark gsm8k=URL ...     documents/s of one core, beside MinHash's
+python tools/benchmark.py corpus                       opening, shuffling and resuming 1,000 shards of 30B tokens
 python tools/benchmark.py decode                       generation against transformers and llama.cpp (on a GPU: against its memory bandwidth too)
 python tools/benchmark.py decode --scale 1b
 python tools/benchmark.py grammar                      what a constraint costs for each token
@@ -19,6 +21,8 @@ import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from configs.corpora import BENCHMARKS
 
 # Bytes a second that a device's memory gives (vendor's figures)
 MEMORY_BANDWIDTH = {"NVIDIA A100": 2.0e12, "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12}
@@ -125,7 +129,7 @@ def torch_step(shape: dict, tokens):
     return run
 
 
-def benchmark_data(source: str | None) -> None:
+def benchmark_data(source: str | None, tokenizer_path: str | None, benchmarks: dict[str, str]) -> None:
     from nanollama_jax.data import pipeline, prepare
     from nanollama_jax.data.sources import read_documents
     from nanollama_jax.tokenizer import Tokenizer
@@ -141,18 +145,19 @@ def benchmark_data(source: str | None) -> None:
         else:
             texts = [document.text for document in read_documents(source, 0, 1)]
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
-        path = root / "tokenizer.model"
-        prepare.train_tokenizer_for([source], path, 4096, 8_000_000)
+        path = tokenizer_path or root / "tokenizer.model"
+        if not tokenizer_path:
+            prepare.train_tokenizer_for([source], path, 4096, 8_000_000)
         tokenizer = Tokenizer(path)
 
         started = time.perf_counter()
         ids = tokenizer._processor.encode(texts, num_threads=cores)
         bare = megabytes / (time.perf_counter() - started)
         started = time.perf_counter()
-        manifest = prepare.prepare_source("text", source, "", root / "text", path, validation_fraction=0.02, tasks=8, workers=cores)
+        manifest = prepare.prepare_source("text", source, "", root / "text", path, validation_fraction=0.02, tasks=8, benchmarks=benchmarks)
         ours = megabytes / (time.perf_counter() - started)
         tokens = sum(split["tokens"] for split in manifest["splits"].values())
-        assert tokens == sum(map(len, ids)), "preparation and SentencePiece disagree on the number of tokens"
+        assert benchmarks or tokens == sum(map(len, ids)), "preparation and SentencePiece disagree on the number of tokens"
         print(f"\npreparation of {megabytes:.1f} MB on {cores} cores: {ours:.1f} MB/s, bare SentencePiece {bare:.1f} MB/s: {ours / bare:.0%}")
 
         sources = {"text": pipeline.open_source(root, "text", tokenizer)}
@@ -166,6 +171,76 @@ def benchmark_data(source: str | None) -> None:
             rate = count * batch_size * seq_len / (time.perf_counter() - started)
             batches.close()
             print(f"packed batches of {batch_size} x {seq_len}: {rate / 1e6:.2f}M tokens/s ({tokens / len(texts):,.0f} tokens a document)")
+
+
+def benchmark_decontaminate(source: str, benchmarks: dict[str, str], documents: int = 4000) -> None:
+    """One core, from text: our search for benchmark items, then signatures alone of MinHash (rensa, as tools/near_duplicates.py makes them)."""
+    import itertools
+
+    from nanollama_jax.data.decontaminate import Index, read_benchmarks
+    from nanollama_jax.data.near_duplicates import signature
+    from nanollama_jax.data.sources import read_documents
+
+    started = time.process_time()
+    index = Index(read_benchmarks(benchmarks))
+    print(f"\n{len(index.items):,} items of {len(benchmarks)} benchmarks, read and indexed in {time.process_time() - started:.1f} s")
+    texts = [document.text for document in itertools.islice(read_documents(source, 0, 1), documents)]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    for name, run in (("13-grams", lambda: index.find(texts)), ("MinHash", lambda: [signature(text) for text in texts])):
+        run()
+        started = time.process_time()
+        run()
+        seconds = time.process_time() - started
+        print(f"{name:9s} {len(texts) / seconds:8,.0f} documents/s  {megabytes / seconds:6.1f} MB/s a core")
+    print(f"({len(texts):,} documents, {megabytes:.1f} MB)")
+
+
+def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 1000) -> None:
+    """One real shard under 1,000 names: 30 million documents. Opened, read and resumed by what training uses, in this process."""
+    import resource
+
+    import grain
+    import numpy as np
+
+    from nanollama_jax.data import pipeline
+    from nanollama_jax.data.shards import ShardWriter, write_json
+
+    tokenizer = random_model("nano").tokenizer
+    with tempfile.TemporaryDirectory() as directory:
+        root = pathlib.Path(directory) / "corpus"
+        root.mkdir()
+        writer = ShardWriter(root, "train-00000", documents * length)
+        for number in range(documents):
+            writer.write(np.full(length, 3 + number % 4000, np.uint16).tobytes(), tokens=length, text_bytes=4 * length)
+        (first,) = writer.close()
+        names = [f"train-{number:05d}-000.array_record" for number in range(shards)]
+        for name in names[1:]:
+            os.link(root / names[0], root / name)
+        split = {"documents": documents * shards, "tokens": documents * shards * length, "shards": [first | {"file": name} for name in names]}
+        empty = {"documents": 0, "tokens": 0, "shards": []}
+        write_json(root / "manifest.json", {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint16", "splits": {"train": split, "validation": empty}})
+
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        sources = {"corpus": pipeline.open_source(directory, "corpus", tokenizer)}
+        make = lambda: iter(  # noqa: E731
+            pipeline.train_batches(sources, {"corpus": 1.0}, tokenizer, batch_size=32, seq_len=4096, max_segments=64, seed=0)
+        )
+        batches = make()
+        next(batches)
+        opened = time.perf_counter() - started
+        print(f"\n{shards:,} shards, {split['documents']:,} documents, {split['tokens']:,} tokens: first batch after {opened:.1f} s")
+        state = batches.get_state()
+        batches.close()
+        at = int(np.random.default_rng(0).integers(split["documents"]))
+        state["parents"]["corpus"]["parent_window_start_state"]["parent"]["next_index"] = at
+        batches, started = make(), time.perf_counter()
+        batches.set_state(state)
+        next(batches)
+        print(f"resumed at document {at:,}: next batch after {time.perf_counter() - started:.1f} s")
+        batches.close()
+        print(f"host memory: {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6:.2f} GB more than before")
+        order = grain.MapDataset.range(split["documents"]).seed(0).shuffle()
+        print(f"the first 1,000 documents come from {len({order[i] // documents for i in range(1000)})} of {shards:,} shards")
 
 
 def benchmark_decode(scale: str, rounds: int) -> None:
@@ -276,15 +351,16 @@ def random_model(scale: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "data", "decode", "grammar"))
-    parser.add_argument("--source", help="data: a source URL (default: the built-in corpus)")
+    parser.add_argument("what", choices=("train", "data", "decontaminate", "corpus", "decode", "grammar"))
+    parser.add_argument("--source", help="data, decontaminate: a source URL (default: the built-in corpus)")
+    parser.add_argument("--benchmark", action="append", default=[], metavar="NAME=URL", help="decontaminate, data: what to search for")
     parser.add_argument("--rounds", type=int, default=5, help="train: how often each is measured")
     parser.add_argument("--steps", type=int, default=3, help="train: steps each time")
     parser.add_argument("--scale", default="nano", help="decode: the model's size (default: %(default)s)")
-    parser.add_argument("--tokenizer", default="data/nano/tokenizer.model", help="grammar: a SentencePiece model (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="data, grammar: a SentencePiece model (default: one trained on the source; data/nano/tokenizer.model)")
     arguments = parser.parse_args()
     if arguments.what == "grammar":
-        benchmark_grammar(arguments.tokenizer)
+        benchmark_grammar(arguments.tokenizer or "data/nano/tokenizer.model")
         return
     if arguments.what == "decode":
         benchmark_decode(arguments.scale, arguments.rounds)
@@ -292,8 +368,14 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if arguments.what == "train":
         benchmark_train(arguments.rounds, arguments.steps)
+        return
+    benchmarks = dict(one.split("=", 1) for one in arguments.benchmark)
+    if arguments.what == "corpus":
+        benchmark_corpus()
+    elif arguments.what == "decontaminate":
+        benchmark_decontaminate(arguments.source or "builtin://docs", benchmarks or BENCHMARKS)
     else:
-        benchmark_data(arguments.source)
+        benchmark_data(arguments.source, arguments.tokenizer, benchmarks)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Prepares a recipe's corpora: trains the tokenizer if there is none, and tokenises every source into shards.
+"""Prepares a recipe's corpora: trains the tokenizer if there is none; decontaminates and tokenises every source into shards.
 
+    python tools/prepare_data.py --config configs/phase1.py --dry_run         what it will take: documents, tokens, disk, hours
     python tools/prepare_data.py --config configs/phase1.py:nano
     python tools/prepare_data.py --config configs/phase1.py --config.corpora.fineweb_edu.url='file:///texts/*.jsonl.zst'
+    python tools/prepare_data.py --config configs/phase1.py --executor slurm --partition cpu
+    python tools/prepare_data.py --config configs/phase1.py --executor ray    on the cluster that RAY_ADDRESS names
 
-Run again, it goes on where it was stopped, and does nothing where there is nothing left to do. Source URLs: nanollama_jax/data/sources.py.
+Run again, it goes on where it was stopped, does only what failed, and nothing where there is nothing left to do. What was found of the benchmarks in
+config.data.benchmarks stands in each corpus's contaminated_ids.json. Source URLs: nanollama_jax/data/sources.py.
 """
 
 import pathlib
@@ -11,18 +15,29 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import app
+from absl import app, flags
 from ml_collections import config_flags
 
+from nanollama_jax.data.estimate import print_estimates
+from nanollama_jax.data.executor import KINDS, Executor
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.errors import flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:nano.", lock_config=True)
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Read a sample of each source, print what preparing it will take, and stop.")
+EXECUTOR = flags.DEFINE_enum("executor", "local", KINDS, "Where the work is done.")
+WORKERS = flags.DEFINE_integer("workers", 0, "Ranks at a time; 0: one on each core, or as many as the cluster has room for.")
+PARTITION = flags.DEFINE_string("partition", "", "Slurm: the partition.")
+TIME = flags.DEFINE_string("time", "24:00:00", "Slurm: the limit for one rank.")
+MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: for one rank, which has one core.")
 
 
 def main(_: list[str]) -> None:
     with one_line_errors():
-        prepare_all(CONFIG.value)
+        if DRY_RUN.value:
+            print_estimates(CONFIG.value)
+            return
+        prepare_all(CONFIG.value, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
 
 
 if __name__ == "__main__":

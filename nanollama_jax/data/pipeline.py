@@ -8,22 +8,24 @@ A batch is a flat dict of (B, T) arrays, the only thing that passes from data to
     segment_ids   int32    documents numbered from 1 within a row; padding is a segment of its own (unless the row already has max_segments)
     positions     int32    position within the segment, from 0
 
-Weights are shares of rows, hence of tokens, however long a source's documents are. Every process assembles the whole global batch and places
-only its own rows (`sharding.put_batch`): packing is far faster than training, and so the order of rows, and the iterator's state in a checkpoint,
-depend on neither the number of processes nor of devices.
+Each source has its own endless order of documents, which no weight and no other source changes: the stages of a curriculum go on in it where the
+last one stopped (`positions`). Weights are shares of rows, hence of tokens, however long a source's documents are. Every process assembles the
+whole global batch and places only its own rows (`sharding.put_batch`): packing is far faster than training, and so the order of rows, and the
+iterator's state in a checkpoint, depend on neither the number of processes nor of devices.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
-from nanollama_jax.data.prepare import load_manifest, split_shards, verify_shards
+from nanollama_jax.data.shards import load_manifest, split_shards, verify_shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -72,16 +74,35 @@ def train_batches(
 ) -> grain.IterDataset:
     """Endless global batches of the sources in `weights`. Iterators have get_state and set_state."""
     rows = {}
-    for number, (name, weight) in enumerate(sorted(weights.items())):
+    for name, weight in sorted(weights.items()):
         if weight <= 0:
             raise BadInput(f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead")
         if not sources[name].tokens("train"):
             raise BadInput(f"source {name!r} has no training documents: give it more text, or leave it out of data.sources")
-        packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed + number)
+        packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
-        rows[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle_window(seq_len), seed=seed + number)
+        rows[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle_window(seq_len), seed=_own_seed(seed, name))
     mixed = grain.IterDataset.mix(rows, {name: weights[name] for name in rows})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
+
+
+def positions(state: dict[str, Any]) -> dict[str, Any]:
+    """source -> where it stands, from the state of an iterator of `train_batches`: the first document of the rows being shuffled."""
+    return {name: source["parent_window_start_state"] for name, source in state["parents"].items()}
+
+
+def begin_at(state: dict[str, Any], positions: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a new iterator with its sources at `positions`, whatever weights and row length they were read with: no document is skipped,
+    and at most the rows of one shuffle window are read again. Sources without a position keep their beginning.
+    """
+    parents = {
+        name: source | {"parent_window_start_state": positions[name]} if name in positions else source for name, source in state["parents"].items()
+    }
+    return state | {"parents": parents}
+
+
+def _own_seed(seed: int, name: str) -> int:
+    return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
 
 
 def shuffle_window(seq_len: int) -> int:
@@ -90,7 +111,7 @@ def shuffle_window(seq_len: int) -> int:
 
 def packed_rows(source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int) -> grain.IterDataset:
     """Endless rows of the training documents in shuffled order, each epoch in another; a document's rows follow each other."""
-    documents = _documents(source, "train", tokenizer).seed(seed).shuffle().repeat()
+    documents = _documents(source, "train", tokenizer).seed(_own_seed(seed, source.name)).shuffle().repeat()
     return PackIterDataset(documents.to_iter_dataset(READ_AHEAD), seq_len, max_segments)
 
 
@@ -190,5 +211,6 @@ class _PackIterator(grain.DatasetIterator):
         self._parent.set_state(state["parent"])
         self._document = None
         if state["used"]:
-            self._take_document()
+            if not self._take_document() or state["used"] >= len(self._document):
+                raise BadInput("the checkpoint's position is not in this corpus: it was prepared anew since; start without it, or restore the corpus")
             self._used = state["used"]

@@ -1,9 +1,10 @@
-"""Where raw text comes from: one function reads any source URL as datatrove documents, divided among ranks.
+"""Where raw data comes from: any source URL, read as records or as datatrove documents, divided among ranks.
 
     builtin://docs                       also builtin://code and builtin://reasoning: see data/builtin.py
-    file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one document), .jsonl and
-                                         .jsonl.gz, .xz, .zst (a line is one document), .parquet (a row is one document)
-    hf://OWNER/NAME?name=SUBSET          streamed from the Hugging Face hub; hf:///PATH is a local folder laid out as on the hub
+    file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one record), .jsonl and
+                                         .jsonl.gz, .xz, .zst (a line is one record), .parquet (a row is one record)
+    hf://OWNER/NAME?name=SUBSET          streamed from the Hugging Face hub; hf:///PATH is a local folder laid out as on the hub;
+                                         &file=NAME reads a single file of JSON lines, whatever its name
     tfds://NAME?data_dir=PATH            a TensorFlow Datasets set prepared as array_record; TensorFlow itself is not needed
 
 Options follow a question mark: `text=FIELD` names the field with the text ("text"); `split`, `name` and `data_dir` mean what they
@@ -21,7 +22,7 @@ import os
 import re
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +31,7 @@ from datatrove.data import Document
 from nanollama_jax.data import builtin
 from nanollama_jax.errors import BadInput
 
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**20, 1024
 # A question mark is also a glob's wildcard: options begin at one that is followed by "word=".
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<path>.*?)(?:\?(?P<options>\w+=.*))?", re.DOTALL)
 
@@ -39,8 +41,10 @@ def read_documents(url: str, rank: int, world_size: int) -> Iterator[Document]:
 
     Raises `BadInput` for a URL that cannot be read and for text that is not clean UTF-8, when it comes to it.
     """
-    scheme, path, options = _parse(url)
-    for where, text in _SCHEMES[scheme][0](path, rank, world_size, **options):
+    scheme, _, options = _parse(url)
+    field = options.get("text", "text")
+    for where, record in read_records(url, rank, world_size, columns=[field]):
+        text = _field(record, field, where)
         if not isinstance(text, str):
             raise BadInput(f"{where}: the text is of type {type(text).__name__}, not a string: choose its field with ?text=FIELD")
         if "\0" in text:
@@ -55,10 +59,49 @@ def read_documents(url: str, rank: int, world_size: int) -> Iterator[Document]:
             yield Document(text=text, id=where, metadata={"split_key": split_key} if split_key else {})
 
 
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """As many at a time as are worth a call of what deals with them: about a million characters."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def read_records(
+    url: str, rank: int = 0, world_size: int = 1, *, columns: list[str] | None = None, strict: bool = True
+) -> Iterator[tuple[str, dict | BadInput]]:
+    """Yields this rank's records of `url` as (where, record): `where` names file and line, `columns` are all that Parquet is read for.
+
+    Raises `BadInput` for what cannot be read; with `strict` off, a line that is no JSON object comes in its turn as the `BadInput` it is.
+    """
+    scheme, path, options = _parse(url)
+    options.pop("text", None)
+    for where, record in _SCHEMES[scheme][0](path, rank, world_size, columns=columns, **options):
+        if strict and isinstance(record, BadInput):
+            raise record
+        yield where, record
+
+
 def matched_files(url: str) -> list[str] | None:
     """The files that a file:// URL stands for, sorted; None for other schemes."""
     scheme, path, _ = _parse(url)
     return _match(path) if scheme == "file" else None
+
+
+def stored_files(url: str) -> tuple[list[str], str] | None:
+    """The files of a file:// or hf:// source, as fsspec names them, and the field of its text; None for other schemes."""
+    scheme, path, options = _parse(url)
+    if scheme == "hf" and "file" not in options:
+        import datasets
+
+        builder = datasets.load_dataset_builder(path, name=options.get("name"), data_dir=options.get("data_dir"))
+        return list(builder.config.data_files[options.get("split", "train")]), options.get("text", "text")
+    return (_match(path), options.get("text", "text")) if scheme == "file" else None
 
 
 def _parse(url: str) -> tuple[str, str, dict[str, str]]:
@@ -84,16 +127,16 @@ def _deal(count: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
     return [(number, rank // count, -(-(world_size - number) // count))]  # as many steps as there are ranks on this file
 
 
-def _read_builtin(name: str, rank: int, world_size: int) -> Iterator[tuple[str, str]]:
+def _read_builtin(name: str, rank: int, world_size: int, columns: list[str] | None) -> Iterator[tuple[str, dict]]:
     for document_id, text in builtin.read(name, rank, world_size):
-        yield f"builtin://{document_id}", text
+        yield f"builtin://{document_id}", {"text": text}
 
 
-def _read_files(pattern: str, rank: int, world_size: int, text: str = "text") -> Iterator[tuple[str, str]]:
+def _read_files(pattern: str, rank: int, world_size: int, columns: list[str] | None) -> Iterator[tuple[str, dict | BadInput]]:
     paths = _match(pattern)
     readers = [_reader(path) for path in paths]  # an unknown extension is found before any work is done
     for number, first, step in _deal(len(paths), rank, world_size):
-        yield from readers[number](paths[number], text, first, step)
+        yield from readers[number](paths[number], columns, first, step)
 
 
 def _match(pattern: str) -> list[str]:
@@ -107,17 +150,17 @@ def _match(pattern: str) -> list[str]:
     return paths
 
 
-def _reader(path: str) -> Callable[[str, str, int, int], Iterator[tuple[str, str]]]:
+def _reader(path: str) -> Callable[[str, list[str] | None, int, int], Iterator[tuple[str, dict | BadInput]]]:
     for extension, reader in _READERS.items():
         if path.endswith(extension):
             return reader
     raise BadInput(f"{path}: unknown file extension: there are {', '.join(_READERS)}")
 
 
-def _read_txt(path: str, field: str, first: int, step: int) -> Iterator[tuple[str, str]]:
+def _read_txt(path: str, columns: list[str] | None, first: int, step: int) -> Iterator[tuple[str, dict]]:
     if first % step == 0:
         try:
-            yield path, Path(path).read_bytes().decode("utf-8-sig")  # Windows programs put a byte order mark in front
+            yield path, {"text": Path(path).read_bytes().decode("utf-8-sig")}  # Windows programs put a byte order mark in front
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise BadInput(f"{path}:{line}: invalid UTF-8: convert the file to UTF-8") from error
@@ -125,25 +168,25 @@ def _read_txt(path: str, field: str, first: int, step: int) -> Iterator[tuple[st
             raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_jsonl(path: str, field: str, first: int, step: int) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: str, columns: list[str] | None, first: int, step: int) -> Iterator[tuple[str, dict | BadInput]]:
     for number, line in enumerate(_lines(path)):
         if number % step == first and not line.isspace():
             where = f"{path}:{number + 1}"
-            yield where, _json_text(line, field, where)
+            yield where, _json_object(line, where)
 
 
-def _json_text(line: bytes, field: str, where: str) -> str:
+def _json_object(line: bytes, where: str) -> dict | BadInput:
     try:
-        record = json.loads(line.decode().rstrip())
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: invalid UTF-8: convert the file to UTF-8") from error
+        record = json.loads(line.decode("utf-8-sig").rstrip())
+    except UnicodeDecodeError:
+        return BadInput(f"{where}: invalid UTF-8: convert the file to UTF-8")
     except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: malformed JSON: {error.msg} at column {error.colno}") from error
+        return BadInput(f"{where}: malformed JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of over 4,300 digits; brackets in brackets in brackets ...
-        raise BadInput(f"{where}: the line cannot be read: {error}") from error
+        return BadInput(f"{where}: the line cannot be read: {error}")
     if not isinstance(record, dict):
-        raise BadInput(f"{where}: a line must hold a JSON object with the text in a field, not a {type(record).__name__}")
-    return _field(record, field, where)
+        return BadInput(f"{where}: a line must hold a JSON object with the text in a field, not a {type(record).__name__}")
+    return record
 
 
 def _lines(path: str) -> Iterator[bytes]:
@@ -166,41 +209,49 @@ def _open(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def _read_parquet(path: str, field: str, first: int, step: int) -> Iterator[tuple[str, str]]:
+def _read_parquet(path: str, columns: list[str] | None, first: int, step: int) -> Iterator[tuple[str, dict]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _field(dict.fromkeys(file.schema_arrow.names), field, path)
+            for column in columns or []:
+                _field(dict.fromkeys(file.schema_arrow.names), column, path)
             row = 0
             for group in range(file.num_row_groups):
-                column = file.read_row_group(group, columns=[field]).column(field)
-                for index in range((first - row) % step, len(column), step):
-                    yield f"{path}:{row + index + 1}", column[index].as_py()
-                row += len(column)
+                table = file.read_row_group(group, columns=columns)
+                values = dict(zip(table.column_names, table.columns))
+                for index in range((first - row) % step, table.num_rows, step):
+                    yield f"{path}:{row + index + 1}", {name: column[index].as_py() for name, column in values.items()}
+                row += table.num_rows
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{row + index + 1}: invalid UTF-8 in the field {field!r}") from error
+        raise BadInput(f"{path}:{row + index + 1}: invalid UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise BadInput(f"{path} is damaged or no Parquet file: {error}") from error
 
 
 def _read_hub(
-    path: str, rank: int, world_size: int, text: str = "text", name: str | None = None, split: str = "train", data_dir: str | None = None
-) -> Iterator[tuple[str, str]]:
+    path: str, rank: int, world_size: int, columns: list[str] | None,
+    name: str | None = None, split: str = "train", data_dir: str | None = None, file: str | None = None,
+) -> Iterator[tuple[str, dict | BadInput]]:  # fmt: skip
     import datasets
     import httpx
+    import huggingface_hub
     import huggingface_hub.errors
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would narrate every retry
     if path.startswith("/") and not os.path.isdir(path):
         raise BadInput(f"hf://{path} is no folder: check the path, or write hf://OWNER/NAME for a dataset on the hub")
     try:
+        if file:  # its records may differ in their fields' types, which datasets does not take
+            local = os.path.join(path, file) if path.startswith("/") else huggingface_hub.hf_hub_download(path, file, repo_type="dataset")
+            yield from _read_jsonl(local, columns, rank, world_size)
+            return
         dataset = datasets.load_dataset(path, name=name, data_dir=data_dir, split=split, streaming=True)
         for shard, first, step in _deal(dataset.num_shards, rank, world_size):
             for number, record in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
                 if number % step == first:
-                    where = f"hf://{path}/{split}/{shard}:{number + 1}"
-                    yield where, _field(record, text, where)
+                    yield f"hf://{path}/{split}/{shard}:{number + 1}", record
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
         if path.startswith("/"):
             hint = "it must hold .jsonl, .parquet or .txt files in the hub's layout"
@@ -210,8 +261,8 @@ def _read_hub(
 
 
 def _read_tfds(
-    path: str, rank: int, world_size: int, text: str = "text", split: str = "train", data_dir: str | None = None
-) -> Iterator[tuple[str, str]]:
+    path: str, rank: int, world_size: int, columns: list[str] | None, split: str = "train", data_dir: str | None = None
+) -> Iterator[tuple[str, dict]]:
     os.environ.setdefault("NO_GCE_CHECK", "true")  # without a network it waits for Google's metadata server otherwise
     import tensorflow_datasets as tfds
 
@@ -225,11 +276,10 @@ def _read_tfds(
         ) from error
     for number in range(rank, len(dataset), world_size):
         where = f"tfds://{path}/{split}:{number + 1}"
-        value = _field(dataset[number], text, where)
         try:
-            yield where, value.decode() if isinstance(value, bytes) else value
+            yield where, {name: value.decode() if isinstance(value, bytes) else value for name, value in dataset[number].items()}
         except UnicodeDecodeError as error:
-            raise BadInput(f"{where}: invalid UTF-8 in the field {text!r}") from error
+            raise BadInput(f"{where}: invalid UTF-8") from error
 
 
 def _field(record: dict, field: str, where: str):
@@ -248,11 +298,12 @@ _READERS = {
     ".jsonl.gz": _read_jsonl,
     ".jsonl.xz": _read_jsonl,
     ".jsonl.zst": _read_jsonl,
+    ".json.gz": _read_jsonl,
     ".parquet": _read_parquet,
 }
 _SCHEMES = {
     "builtin": (_read_builtin, ()),
     "file": (_read_files, ("text",)),
-    "hf": (_read_hub, ("text", "name", "split", "data_dir")),
+    "hf": (_read_hub, ("text", "name", "split", "data_dir", "file")),
     "tfds": (_read_tfds, ("text", "split", "data_dir")),
 }

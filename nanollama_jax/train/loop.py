@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint, sharding
-from nanollama_jax.data import pipeline
+from nanollama_jax.data import mix, pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import stack_layers
@@ -65,11 +65,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         validated = config.data.validation or tuple(config.data.sources)
         sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in dict.fromkeys((*config.data.sources, *validated))}
         packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
-        # The seed differs between stages, so that two with the same sources do not start with the same documents.
-        data_seed = (config.seed + 1_000_003 * config.start_step) % 2**31  # Grain's shuffles take 32 bits
-        train_data = pipeline.train_batches(sources, dict(config.data.sources), tokenizer, batch_size=config.batch_size, seed=data_seed, **packing)
-        batches = iter(train_data)
+        shares = dict(config.data.sources)
+        batches = iter(pipeline.train_batches(sources, shares, tokenizer, batch_size=config.batch_size, seed=config.seed, **packing))
         cleanup.callback(batches.close)
+        for line in mix.repetition_warnings(mix.epochs(sources, shares, (config.end_step - config.start_step) * config.tokens_per_step), config.name):
+            log.warning("%s", line)
         validation_data = {
             name: pipeline.validation_batches(
                 sources[name], tokenizer, batch_size=config.batch_size // config.accumulation,
@@ -97,19 +97,23 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         if is_main:
             settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
             (workdir / "config.json").write_text(settled.to_json_best_effort(indent=1) + "\n")
+        read_before = {}  # source -> where earlier stages left it
         if origin is None:
             (workdir / "gates.json").unlink(missing_ok=True)
             state = make_state()
         elif origin == workdir:
-            state, position = checkpoints.restore(origin_step, shapes, shardings)
-            batches.set_state(position)
+            state, data = checkpoints.restore(origin_step, shapes, shardings)
+            read_before = known_order(data, workdir)["read_before"]
+            batches.set_state(data["batches"])
         elif checkpoint.read_metadata(origin, origin_step).get("weights_only"):
             params = checkpoint.load(origin / checkpoint.FOLDER / f"step_{origin_step}").params
             params = stack_layers(params, model.num_layers) if model.scan_layers else params
             state = make_state().replace(params=jax.device_put(params, shardings.params))
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
-                state, _ = other.restore(origin_step, shapes, shardings)
+                state, data = other.restore(origin_step, shapes, shardings)
+            read_before = known_order(data, origin)["read_before"] | pipeline.positions(data["batches"])
+            batches.set_state(pipeline.begin_at(batches.get_state(), read_before))
         step = first_step = int(state.step)
         whence = "from scratch" if origin is None else f"{'resumed ' if origin == workdir else ''}from {origin} at step {step}"
         log.info("%s: weights %s", config.name, whence)
@@ -159,7 +163,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         def save() -> None:
             about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited
-            checkpoints.save(step, state, batches.get_state(), about, tokenizer.model_bytes)
+            checkpoints.save(step, state, {"batches": batches.get_state(), "read_before": read_before}, about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
             limits = gate_limits(step)
@@ -318,6 +322,15 @@ def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> 
         if old != new:
             name = ".".join(key)
             raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
+
+
+def known_order(data: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The checkpoint's data item, if documents were read in the order that they are read in now."""
+    if "read_before" not in data:
+        raise BadInput(
+            f"the checkpoint in {workdir} is of an earlier version, which read documents in another order: finish its curriculum with that"
+        )
+    return data
 
 
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:

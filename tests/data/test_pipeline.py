@@ -95,7 +95,7 @@ def corpus(tmp_path_factory):
     path = root / "tokenizer.model"
     train_tokenizer_for([f"file://{root}/short.jsonl", f"file://{root}/long.jsonl"], path, 512, 10**6)
     for name in ("short", "long"):
-        prepare_source(name, f"file://{root}/{name}.jsonl", "none", root / name, path, validation_fraction=0.1, tasks=1, workers=1)
+        prepare_source(name, f"file://{root}/{name}.jsonl", "none", root / name, path, validation_fraction=0.1, tasks=1)
     return root, Tokenizer(path)
 
 
@@ -177,6 +177,16 @@ def test_validation_rows_are_whole_batches_and_held_out(corpus):
     held_out = {tokenizer.decode(row.tolist()) for batch in batches for row in batch["tokens"]}
     trained = tokenizer.decode(np.concatenate([next(iter(batches_of(corpus, {"short": 1.0}, batch_size=256)))["tokens"].ravel()]).tolist())
     assert not any(text.strip() and text[-60:] in trained for text in held_out)
+
+
+def test_a_position_of_another_corpus_is_refused(corpus):
+    batches = iter(batches_of(corpus, {"short": 1.0}))
+    state = batches.get_state()
+    state["parents"]["short"]["parent_window_start_state"]["used"] = 10**6
+    batches.set_state(state)
+    with pytest.raises(BadInput, match="prepared anew"):
+        next(batches)
+    batches.close()
 
 
 def test_bad_sources_are_refused(corpus, tmp_path):

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from nanollama_jax import tokenizer
 from nanollama_jax.data import executor, prepare
+from nanollama_jax.data.executor import Executor
 from nanollama_jax.errors import BadInput
 
 WORDS = ["the", "model", "reads", "a", "document", "and", "learns", "to", "predict", "what", "follows.\n\n", "   return", "value", "==", "None\n"]
@@ -45,7 +46,7 @@ def model(texts, tmp_path_factory) -> pathlib.Path:
 
 
 def run(corpus, model, out_dir, **changes):
-    arguments = dict(validation_fraction=0.1, tasks=3, workers=2, shard_tokens=20_000) | changes
+    arguments = dict(validation_fraction=0.1, tasks=3, executor=Executor(workers=2), shard_tokens=20_000) | changes
     return prepare.prepare_source("corpus", f"file://{corpus}", "CC0", out_dir, model, **arguments)
 
 
@@ -95,7 +96,7 @@ def test_shards_roll_over_and_a_longer_document_has_one_to_itself(prepared):
 
 
 def test_the_number_of_workers_does_not_matter(corpus, model, prepared, tmp_path):
-    run(corpus, model, tmp_path / "one", workers=1)
+    run(corpus, model, tmp_path / "one", executor=Executor(workers=1))
     assert contents(tmp_path / "one") == contents(prepared)
 
 
@@ -123,20 +124,22 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
     def refuse(*_):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(prepare.PoolExecutor, "run", refuse)
+    monkeypatch.setattr(prepare, "run_ranks", refuse)
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
-    assert run(corpus, model, prepared, workers=1) == prepare.load_manifest(prepared)
+    assert run(corpus, model, prepared, executor=Executor(workers=1)) == prepare.load_manifest(prepared)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
 
 
 SCRIPT = """
 import sys
 from nanollama_jax.data import prepare
+from nanollama_jax.data.executor import Executor
 from nanollama_jax.errors import one_line_errors
 if __name__ == "__main__":
     corpus, model, out_dir = sys.argv[1:]
     with one_line_errors():
-        prepare.prepare_source("corpus", "file://" + corpus, "CC0", out_dir, model, validation_fraction=0.1, tasks=6, workers=2, shard_tokens=20_000)
+        settings = dict(validation_fraction=0.1, tasks=6, executor=Executor(workers=2), shard_tokens=20_000)
+        prepare.prepare_source("corpus", "file://" + corpus, "CC0", out_dir, model, **settings)
 """
 
 
@@ -183,7 +186,7 @@ def test_workers_die_with_a_killed_parent(big_corpus, model, tmp_path):
     while not list((tmp_path / "out").glob("*.tmp")):
         assert process.poll() is None
         time.sleep(0.005)
-    workers = _children(process.pid)
+    workers = _workers(process.pid)
     assert workers
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -198,7 +201,7 @@ def test_a_killed_worker_is_one_line_and_not_a_hang(big_corpus, model, tmp_path)
     while not list((tmp_path / "out").glob("*.tmp")):
         assert process.poll() is None
         time.sleep(0.005)
-    os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    os.kill(_workers(process.pid)[-1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "was killed (out of memory?): run the same command" in stderr and stderr.count("\n") == 1, stderr
@@ -212,9 +215,12 @@ def _alive(pid: int) -> bool:
 
 
 def _children(pid: int) -> list[int]:
-    """Workers, in order of birth; multiprocessing's resource tracker is none."""
-    children = [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [child for child in children if "resource_tracker" not in pathlib.Path(f"/proc/{child}/cmdline").read_text()]
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _workers(pid: int) -> list[int]:
+    """In order of birth: the children of the fork server, which is a child of `pid`."""
+    return [worker for child in _children(pid) for worker in _children(child)]
 
 
 def test_a_full_disk_is_one_line(corpus, model, tmp_path):
@@ -231,14 +237,14 @@ def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, mod
     lines[301] = b'{"text": "\xff"}\n'  # line 302, the second of two ranks'
     bad.write_bytes(b"".join(lines))
     with pytest.raises(BadInput, match=r"bad\.jsonl:302: invalid UTF-8"):
-        run(bad, model, out, tasks=2, workers=1)
+        run(bad, model, out, tasks=2, executor=Executor(workers=1))
     assert _finished_ranks(out) == ["00000"]
     assert "invalid UTF-8" in (out / "logs/logs/task_00001.log").read_text()
     first_rank = {path: path.stat().st_mtime_ns for path in out.glob("*-00000-*")}
     assert first_rank
     lines[301] = b'{"text": "mended"}\n'
     bad.write_bytes(b"".join(lines))
-    run(bad, model, out, tasks=2, workers=1)
+    run(bad, model, out, tasks=2, executor=Executor(workers=1))
     assert {path: path.stat().st_mtime_ns for path in first_rank} == first_rank
 
 
@@ -288,7 +294,7 @@ def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_pat
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_bytes(corpus.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.PoolExecutor, "run", interrupt)
+        patch.setattr(executor.PoolExecutor, "run", interrupt)
         with pytest.raises(BadInput, match="^stopped; run the same command to go on$"):
             run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
@@ -338,7 +344,7 @@ def test_an_exception_that_cannot_be_pickled_is_not_a_killed_worker():
 
 def test_cores_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert prepare._cores() == os.cpu_count()
+    assert executor.cores() == os.cpu_count()
 
 
 def test_an_empty_source_is_refused(model, tmp_path):
@@ -373,7 +379,7 @@ def config(corpus, tmp_path) -> ConfigDict:
         {
             "tokenizer": {"path": str(tmp_path / "t.model"), "vocab_size": 300, "training_bytes": 100_000, "sources": ("one", "two")},
             "corpora": {name: {"url": f"file://{corpus}", "licence": "CC0"} for name in ("one", "two")},
-            "data": {"dir": str(tmp_path / "data"), "validation_fraction": 0.1, "prepare_tasks": 2},
+            "data": {"dir": str(tmp_path / "data"), "validation_fraction": 0.1, "prepare_tasks": 2, "benchmarks": {}},
         }
     )
 

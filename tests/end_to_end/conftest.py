@@ -77,7 +77,7 @@ def lab(tmp_path_factory) -> Lab:
     urls = {name: f"file://{root}/{name}.jsonl" for name in SOURCES}
     train_tokenizer_for(list(urls.values()), root / "tokenizer.model", 320, 10**6)
     for name, url in urls.items():
-        prepare_source(name, url, "none", root / name, root / "tokenizer.model", validation_fraction=0.1, tasks=2, workers=1)
+        prepare_source(name, url, "none", root / name, root / "tokenizer.model", validation_fraction=0.1, tasks=2)
     return Lab(root)
 
 

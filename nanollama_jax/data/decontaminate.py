@@ -1,0 +1,286 @@
+"""Finds benchmark items inside documents, so that they are not trained on: shared word 13-grams, as in GPT-3 (Brown et al. 2020, appendix C).
+
+Text is compared as lower-case words without punctuation. A passage of 13 words or more is found by any 13 of them in a row; a question of
+8 to 12 words only as a whole; shorter ones are not looked for, and counted. What is shared must be the whole passage, or have 3 letters a
+word, or 120: else any two loops over `dp[i][j]` agree. What a document holds is hashed in numpy and looked up in a table
+of all items; the few candidates are compared word by word, so no hit is a hash collision. MinHash cannot do this: an item of 50 words hardly
+changes the Jaccard similarity of a document of 1,000 (docs/data.md has the figures).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+
+from nanollama_jax.data.shards import write_json
+from nanollama_jax.data.sources import batched, read_records
+from nanollama_jax.errors import BadInput
+
+GRAM_WORDS = 13
+MIN_WORDS = 8  # of a question that is looked for as a whole
+MARGIN = 200  # characters removed on each side of a hit by the policy "cut", and the least that is kept between two cuts
+MIN_LETTERS, ENOUGH_LETTERS = 3, 120  # a word, and in all
+POLICIES = ("drop", "cut")
+
+_ASCII_WORDS = bytes(byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in range(256)).lower()
+_CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's answers: "2 * 3 = <<2*3=6>>6"
+_MARKUP = re.compile(r"\[\w+\]")  # HellaSwag's "[header]", "[step]"
+_BATCH_BYTES = 2**17  # hashed at once: arrays that stay in the cache. 64K to 256K: 150 MB/s, 1M: 97
+
+
+def normalise(text: str) -> bytes:
+    """The words of `text`, lower-case, in UTF-8, with spaces between: runs of letters and digits; an apostrophe is no break ("don't": dont)."""
+    if not text.isascii():
+        points = np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), "<u4")
+        text = _other_words()[np.minimum(points, 0xFFFF)].tobytes().decode("utf-32-le")
+    return text.encode().translate(_ASCII_WORDS, b"'")
+
+
+@functools.cache
+def _other_words() -> np.ndarray:
+    """Code point -> code point up to 0xFFFF: letters and digits in lower case, wide and other such forms as plain ones; all else is a space.
+
+    A table takes 10 ns a character; NFKC, `lower` and a regular expression, one after the other, 50 on English prose with curly quotes.
+    """
+    plain = [unicodedata.normalize("NFKC", chr(point)).lower() for point in range(0x10000)]
+    words = [ord(to) if len(to) == 1 and to.isalnum() else point if chr(point).isalnum() else 32 for point, to in enumerate(plain)]
+    return np.array([ord("'") if chr(point) in "'\u2019" else to for point, to in enumerate(words)], "<u4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question of a benchmark, normalised. `where` names its file and line; `passages[0]` is the question, the others its answers."""
+
+    benchmark: str
+    where: str
+    passages: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """`start` and `end` are characters of the document, at most a word off; `text` is what stands there."""
+
+    benchmark: str
+    item: str
+    start: int
+    end: int
+    text: str
+
+
+# The fields of each benchmark in its hub's schema: the question first, then what else would give it away. A longer name, as bfcl_simple, has
+# the schema that it begins with.
+_PASSAGES: dict[str, Callable[[dict], Iterable[str]]] = {
+    "mmlu": lambda r: [r["question"], *r["choices"]],
+    "gsm8k": lambda r: [r["question"], r["answer"], _CALCULATOR.sub("", r["answer"])],
+    "hellaswag": lambda r: [_MARKUP.sub(" ", f"{r['ctx']} {r['endings'][int(r['label'])]}" if str(r["label"]).isdigit() else r["ctx"])],
+    "arc": lambda r: [r["question"], *r["choices"]["text"]],
+    "truthfulqa": lambda r: [r["question"], *r["mc1_targets"]["choices"], *r["mc2_targets"]["choices"]],
+    "mt_bench": lambda r: r["turns"] if "turns" in r else r["prompt"],
+    "bfcl": lambda r: [message["content"] for turn in r["question"] for message in turn],
+    "text": lambda r: [r["text"]],
+}
+
+
+@functools.lru_cache(maxsize=1)
+def _read_benchmarks(urls: tuple[tuple[str, str], ...]) -> list[Item]:
+    items = []
+    for name, url in urls:
+        schema = next((schema for schema in _PASSAGES if name.startswith(schema)), None)
+        if schema is None:
+            raise BadInput(f"benchmark {name!r} is of no known schema: begin its name with one of {', '.join(_PASSAGES)}")
+        before = len(items)
+        for where, record in read_records(url):
+            try:
+                passages = [normalise(passage).decode() for passage in _PASSAGES[schema](record)]
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
+                raise BadInput(f"{where}: not a record of {schema} ({type(error).__name__}: {error}): check the URL of benchmark {name!r}") from error
+            items.append(Item(name, where, tuple(" ".join(passage.split()) for passage in passages)))
+        if len(items) == before:
+            raise BadInput(f"benchmark {name!r} has no items: {url} is empty")
+    return items
+
+
+def read_benchmarks(urls: Mapping[str, str]) -> list[Item]:
+    """The items of all benchmarks, name -> source URL (data/sources.py). Raises `BadInput` that names what cannot be read."""
+    return _read_benchmarks(tuple(urls.items()))
+
+
+class Index:
+    """All passages of all items, to be found in documents."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.too_short = 0
+        self._passages: list[tuple[int, bytes]] = []  # (item, words)
+        texts: dict[bool, list[tuple[int, bytes]]] = {False: [], True: []}
+        for number, item in enumerate(items):
+            sought = False
+            for rank, passage in enumerate(item.passages):
+                words = passage.count(" ") + 1 if passage else 0
+                if words >= GRAM_WORDS or (rank == 0 and words >= MIN_WORDS):
+                    texts[words >= GRAM_WORDS].append((len(self._passages), passage.encode()))
+                    self._passages.append((number, passage.encode()))
+                    sought = True
+            self.too_short += not sought
+        self._short = self._table((hashes[:1] for hashes in (_grams(text)[1] for _, text in texts[False])), texts[False])
+        self._long = self._table((_grams(text)[2] for _, text in texts[True]), texts[True])
+
+    @staticmethod
+    def _table(hashes: Iterable[np.ndarray], texts: list[tuple[int, bytes]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.uint64]:
+        """Sorted hashes, the passage of each, and a table by their leading bits, sparse enough to turn down almost all that is not here."""
+        hashes = list(hashes)
+        passages = np.repeat(np.array([passage for passage, _ in texts], np.int32), [len(some) for some in hashes])
+        keys = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+        order = np.argsort(keys, kind="stable")
+        bits = max(16, (16 * len(keys)).bit_length())
+        shift = np.uint64(64 - bits)
+        present = np.zeros(2**bits, bool)
+        present[keys >> shift] = True
+        return keys[order], passages[order], present, shift
+
+    def find(self, texts: Sequence[str]) -> list[list[Hit]]:
+        """What of the items is in each text, in the order of the text."""
+        found: list[list[Hit]] = [[] for _ in texts]
+        batch, size = [], 0
+        for number, text in enumerate(texts):
+            batch.append((number, normalise(text)))
+            size += len(batch[-1][1])
+            if size >= _BATCH_BYTES or number == len(texts) - 1:
+                for inside, spans in self._spans([words for _, words in batch]).items():
+                    found[batch[inside][0]] = self._hits(texts[batch[inside][0]], batch[inside][1].split(), spans)
+                batch, size = [], 0
+        return found
+
+    def _spans(self, documents: list[bytes]) -> dict[int, dict[int, list[tuple[int, int]]]]:
+        """document -> passage -> its (first word, one past the last), overlaps merged."""
+        words_at, eights, thirteens = _grams(b" ".join(documents))
+        first_bytes = np.cumsum([0] + [len(document) + 1 for document in documents[:-1]])
+        first_words = np.searchsorted(words_at, first_bytes)
+        spans: dict[int, dict[int, list[tuple[int, int]]]] = {}
+        for grams, (keys, passages, present, shift) in ((eights, self._short), (thirteens, self._long)):
+            maybe = np.flatnonzero(present[grams >> shift])
+            first, last = (np.searchsorted(keys, grams[maybe], side) for side in ("left", "right"))
+            for at, candidates in [(int(maybe[i]), passages[first[i] : last[i]].tolist()) for i in np.flatnonzero(first < last)]:
+                document = int(np.searchsorted(first_words, at, side="right")) - 1
+                start = at - int(first_words[document])
+                words = documents[document].split()
+                for candidate in candidates:
+                    passage = self._passages[candidate][1]
+                    length = min(passage.count(b" ") + 1, GRAM_WORDS)
+                    shared = b" ".join(words[start : start + length])
+                    if shared.count(b" ") == length - 1 and b" %b " % shared in b" %b " % passage:
+                        of_passage = spans.setdefault(document, {}).setdefault(candidate, [])
+                        if of_passage and start < of_passage[-1][1]:
+                            of_passage[-1] = (of_passage[-1][0], max(of_passage[-1][1], start + length))
+                        else:
+                            of_passage.append((start, start + length))
+        return spans
+
+    def _hits(self, text: str, words: list[bytes], spans: dict[int, list[tuple[int, int]]]) -> list[Hit]:
+        """Words as characters: they are counted in each of the pieces between white space."""
+        pieces = [(match.start(), match.end()) for match in re.finditer(r"\S+", text)]
+        words_before = np.cumsum([0] + [len(normalise(text[start:end]).split()) for start, end in pieces])
+        hits = set()
+        for passage, of_passage in spans.items():
+            item, length = self.items[self._passages[passage][0]], self._passages[passage][1].count(b" ") + 1
+            for first, end in of_passage:
+                if end - first >= length or len(b"".join(words[first:end])) >= min(MIN_LETTERS * (end - first), ENOUGH_LETTERS):
+                    start = pieces[min(int(np.searchsorted(words_before, first, side="right")) - 1, len(pieces) - 1)][0]
+                    stop = pieces[min(max(int(np.searchsorted(words_before, end)) - 1, 0), len(pieces) - 1)][1]
+                    hits.add(Hit(item.benchmark, item.where, start, stop, text[start:stop]))
+        return sorted(hits, key=lambda hit: (hit.start, hit.end, hit.item))
+
+
+def _grams(words: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each word starts, and hashes of the 8 and of the 13 words from each on (uint64; the last words begin none).
+
+    A word's hash is made of its first and last eight bytes and its length: all of it for most words, and enough to find candidates.
+    """
+    text = np.frombuffer(b"%b%b%b" % (b" " * 8, words, b" " * 8), np.uint8)
+    edges = np.flatnonzero(np.diff(text == 32))
+    starts, ends = edges[::2] + 1, edges[1::2] + 1
+    eight_bytes = np.ndarray(len(text) - 7, "<u8", text.data, strides=(1,))
+    lengths = ends - starts
+    first = eight_bytes[starts] & _MASKS[np.minimum(lengths, 8)]
+    hashes = (first ^ (first >> np.uint64(29))) * _FACTOR + eight_bytes[ends - 8] * (lengths > 8) + lengths.astype(np.uint64)
+    hashes = (hashes ^ (hashes >> np.uint64(32))) * _FACTOR
+    hashes ^= hashes >> np.uint64(31)
+    if len(hashes) < GRAM_WORDS:
+        hashes = np.concatenate([hashes, np.zeros(GRAM_WORDS - len(hashes), np.uint64)])
+    two = hashes[:-1] * _FACTOR + hashes[1:]
+    four = two[:-2] * _FACTOR_2 + two[2:]
+    eight = four[:-4] * _FACTOR_4 + four[4:]
+    twelve = eight[:-4] * _FACTOR_4 + four[8:]
+    return starts - 8, eight, twelve[:-1] * _FACTOR + hashes[12:]
+
+
+_MASKS = np.array([2 ** (8 * length) - 1 for length in range(9)], np.uint64)
+_FACTOR, _FACTOR_2, _FACTOR_4 = (np.uint64(pow(0x9E3779B97F4A7C15, power, 2**64)) for power in (1, 2, 4))
+
+
+def clean(documents: Sequence[Document], index: Index, policy: str) -> tuple[list[Document], list[dict[str, Any]], dict[str, int]]:
+    """The documents without what is contaminated; what was found; and how many documents were dropped or cut, and characters removed.
+
+    "drop" leaves contaminated documents out; "cut" removes each hit with 200 characters on either side: what is left falls into documents of
+    their own, `ID#0`, `ID#1`, ... , which stay on one side of the validation split.
+    """
+    kept, report, counts = [], [], {"documents_dropped": 0, "documents_cut": 0, "characters_removed": 0}
+    for document, hits in zip(documents, index.find([document.text for document in documents])):
+        report += [{"document": document.id, **dataclasses.asdict(hit)} for hit in hits]
+        parts = _uncut(document, hits) if hits and policy == "cut" else []
+        if hits:
+            counts["documents_cut" if parts else "documents_dropped"] += 1
+            counts["characters_removed"] += len(document.text) - sum(len(part.text) for part in parts)
+        kept += parts if hits else [document]
+    return kept, report, counts
+
+
+def _uncut(document: Document, hits: Sequence[Hit]) -> list[Document]:
+    split_key = document.metadata.get("split_key", document.text)
+    parts, at = [], 0
+    for start, end in [(hit.start - MARGIN, hit.end + MARGIN) for hit in hits] + [(len(document.text), len(document.text))]:
+        if start - at >= MARGIN:
+            parts.append(Document(text=document.text[at:start], id=f"{document.id}#{len(parts)}", metadata={"split_key": split_key}))
+        at = max(at, end)
+    return parts
+
+
+def search(documents: Iterable[Document], index: Index, on_progress: Callable[[int, int, int], None]) -> dict[str, Any]:
+    """What of the benchmarks is in `documents`; `on_progress` hears how many documents, bytes and hits there are so far."""
+    hits, count, size = [], 0, 0
+    for batch in batched(documents):
+        hits += clean(batch, index, "drop")[1]
+        count, size = count + len(batch), size + sum(len(document.text.encode()) for document in batch)
+        on_progress(count, size, len(hits))
+    return {"documents": count, "bytes": size, "benchmarks": summary(index, hits), "contaminated": hits}
+
+
+def save_items(items: Sequence[Item], path: Path) -> str:
+    """Writes the items for `load_index`, and returns the file's sha256."""
+    write_json(path, [dataclasses.astuple(item) for item in items])
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_index(path: Path) -> Index:
+    """The index of a file of `save_items`. Built once in a process: a few seconds for the full benchmarks."""
+    return Index([Item(benchmark, where, tuple(passages)) for benchmark, where, passages in json.loads(path.read_text())])
+
+
+def summary(index: Index, report: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """benchmark -> how many items it has, how many of them were found, and in how many documents."""
+    benchmarks = {item.benchmark: {"items": 0, "items_found": set(), "documents": set()} for item in index.items}
+    for item in index.items:
+        benchmarks[item.benchmark]["items"] += 1
+    for hit in report:
+        benchmarks[hit["benchmark"]]["items_found"].add(hit["item"])
+        benchmarks[hit["benchmark"]]["documents"].add(hit["document"])
+    return {name: {key: value if key == "items" else len(value) for key, value in counts.items()} for name, counts in benchmarks.items()}

@@ -1,0 +1,114 @@
+"""A prepared corpus on disk: ArrayRecord shards of one tokenised document a record, and `manifest.json`, written last, that says what is in them.
+
+A record is token ids, raw little-endian, without BOS and EOS. A shard is written under a temporary name and renamed when whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from datatrove.data import Document
+
+from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import Tokenizer
+
+SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
+_RECORDS = 256  # read at once
+
+
+class ShardWriter:
+    """Writes records into `PREFIX-000.array_record`, `-001`, ... of at most `shard_tokens` each; a longer document has one to itself."""
+
+    def __init__(self, directory: Path, prefix: str, shard_tokens: int):
+        self._directory, self._prefix, self._shard_tokens = directory, prefix, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._writer = None
+
+    def write(self, record: bytes, *, tokens: int, text_bytes: int) -> None:
+        if self._writer and self._shard["tokens"] + tokens > self._shard_tokens:
+            self._finish()
+        if not self._writer:
+            self._shard = {"file": f"{self._prefix}-{len(self._shards):03d}.array_record", "documents": 0, "tokens": 0, "bytes": 0}
+            self._temporary = self._directory / f"{self._shard['file']}.tmp"
+            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # a group is what one random read decodes
+        self._writer.write(record)
+        for key, count in (("documents", 1), ("tokens", tokens), ("bytes", text_bytes)):
+            self._shard[key] += count
+
+    def close(self) -> list[dict[str, Any]]:
+        if self._writer:
+            self._finish()
+        return self._shards
+
+    def _finish(self) -> None:
+        try:
+            self._writer.close()
+        except RuntimeError as error:  # writing is in the background: it is here that a full disk shows
+            raise BadInput(f"shard {self._temporary} cannot be written ({error}): is the disk full?") from error
+        self._writer = None
+        with open(self._temporary, "rb") as file:
+            os.fsync(file.fileno())
+            self._shard |= {"size": os.path.getsize(self._temporary), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        os.replace(self._temporary, self._directory / self._shard["file"])
+        self._shards.append(self._shard)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of a prepared corpus. Raises `BadInput` if there is none."""
+    path = Path(directory) / MANIFEST
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{directory} is not prepared: run python tools/prepare_data.py --config with the same config first") from error
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is damaged ({error}): remove {directory} and prepare it again") from error
+
+
+def split_shards(directory: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[Path]:
+    """Paths of a split's shards, in order."""
+    return [Path(directory) / shard["file"] for shard in manifest["splits"][split]["shards"]]
+
+
+def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterator[Document]:
+    """The text of a prepared corpus, in the order of its shards; ids are SHARD:RECORD. Raises `BadInput` as `load_manifest` does."""
+    directory, manifest = Path(directory), load_manifest(directory)
+    if manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise BadInput(f"{directory} was tokenised with another tokenizer than {tokenizer.path}: name that one")
+    verify_shards(directory, manifest)
+    for split in SPLITS:
+        for path in split_shards(directory, manifest, split):
+            reader = ArrayRecordReader(str(path))
+            for start in range(0, reader.num_records(), _RECORDS):
+                for number, record in enumerate(reader.read(start, min(start + _RECORDS, reader.num_records())), start):
+                    yield Document(text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()), id=f"{path}:{number + 1}")
+
+
+def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, checksums: bool = False) -> None:
+    """Raises `BadInput` that names the first shard which is missing or has another size; with `checksums`, reads them all."""
+    for split in SPLITS:
+        for path, shard in zip(split_shards(directory, manifest, split), manifest["splits"][split]["shards"]):
+            remedy = f"restore it, or remove {directory} and prepare it again"
+            if not path.exists():
+                raise BadInput(f"shard {path} is missing: {remedy}")
+            if path.stat().st_size != shard["size"]:
+                raise BadInput(f"shard {path} has {path.stat().st_size:,} bytes where there were {shard['size']:,}: {remedy}")
+            if checksums:
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                        raise BadInput(f"shard {path} is damaged, its checksum differs: {remedy}")

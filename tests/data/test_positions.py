@@ -1,0 +1,74 @@
+"""Stages of a curriculum go on in each source where the last one stopped, whatever their weights, row lengths and other sources."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanollama_jax.data import pipeline
+from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.tokenizer import Tokenizer
+
+STAGES = [({"a": 0.5, "b": 0.5}, 32, 300), ({"a": 0.9, "b": 0.1}, 64, 100), ({"b": 1.0}, 64, 40), ({"a": 0.2, "c": 0.8}, 128, 60)]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpora")
+    for name in "abc":
+        texts = [" ".join(f"{name}{i}.{j} then more" for j in range(1 + i * 37 % 60)) for i in range(1500)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer_for([f"file://{root}/{name}.jsonl" for name in "abc"], root / "t.model", 290, 100_000)
+    for name in "abc":
+        prepare_source(name, f"file://{root}/{name}.jsonl", "none", root / name, root / "t.model", validation_fraction=0.01, tasks=1)
+    tokenizer = Tokenizer(root / "t.model")
+    return {name: pipeline.open_source(root, name, tokenizer) for name in "abc"}, tokenizer
+
+
+def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
+    monkeypatch.setattr(pipeline, "SHUFFLE_ROWS", 8)
+    sources, tokenizer = corpora
+    streams = {name: stream_of(source, tokenizer) for name, source in sources.items()}
+    read_before, covered, rows_read = {}, {name: np.zeros(len(tokens), int) for name, (tokens, _) in streams.items()}, dict.fromkeys("abc", 0)
+    for weights, seq_len, rows in STAGES:
+        batches = iter(pipeline.train_batches(sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0))
+        batches.set_state(pipeline.begin_at(batches.get_state(), read_before))
+        for _ in range(rows):
+            tokens = next(batches)["tokens"][0]
+            name = source_of(tokens, tokenizer)
+            at = streams[name][0].tobytes().index(tokens.tobytes()) // tokens.itemsize
+            covered[name][at : at + seq_len] += 1
+            rows_read[name] += 1
+        read_before |= pipeline.positions(json.loads(json.dumps(batches.get_state())))  # as a checkpoint keeps it
+        batches.close()
+    assert min(rows_read.values()) > 40
+    for name, (_, starts) in streams.items():
+        stands_at = starts[read_before[name]["parent"]["next_index"]]
+        assert stands_at > 1000
+        assert covered[name][:stands_at].min() >= 1  # nothing was skipped
+        longest_window = 8 * 128 + max(np.diff(starts))
+        assert not covered[name][stands_at + longest_window :].any()
+        # And little is read again: what a stage had begun of a window when it ended.
+        assert np.sum(covered[name] > 1) < (len(STAGES) - 1) * longest_window
+
+
+def test_another_source_or_weight_does_not_change_a_sources_order(corpora):
+    sources, tokenizer = corpora
+    seen = []
+    for weights in ({"b": 1.0}, {"a": 0.7, "b": 0.3}, {"a": 1.0, "b": 2.0, "c": 1.0}):
+        batches = iter(pipeline.train_batches(sources, weights, tokenizer, batch_size=1, seq_len=64, max_segments=64, seed=0))
+        rows = [next(batches)["tokens"][0] for _ in range(300)]
+        seen.append([bytes(row) for row in rows if source_of(row, tokenizer) == "b"][:60])
+        batches.close()
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 60
+
+
+def source_of(tokens, tokenizer) -> str:
+    return next(character for character in tokenizer.decode(tokens.tolist()) if character in "abc")
+
+
+def stream_of(source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The first epoch's documents end to end, and where each starts."""
+    documents = pipeline._documents(source, "train", tokenizer).seed(pipeline._own_seed(0, source.name)).shuffle()
+    arrays = [documents[i] for i in range(len(documents))]
+    return np.concatenate(arrays), np.cumsum([0] + [len(array) for array in arrays])
