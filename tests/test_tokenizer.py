@@ -5,6 +5,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
@@ -136,3 +137,27 @@ def test_what_the_texts_raise_comes_out_as_itself(tmp_path, error):
             tokenizer.train(texts(), tmp_path / "t.model", vocab_size=400, max_bytes=10**9)
         assert raised.value is error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["ours", "mistral"])
+def test_long_texts_are_encoded_in_parts_that_make_no_difference(which, request, monkeypatch):
+    cut = request.getfixturevalue(which)
+    whole = sentencepiece.SentencePieceProcessor(model_proto=cut.model_bytes)
+    monkeypatch.setattr(tokenizer, "_PART_CHARACTERS", 7)
+    lengths = []
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.text(st.sampled_from("ab \u2581 \u6f22\n\U0001f600<s>x  "), max_size=80), max_size=3))
+    def same_ids(texts):
+        assert cut.encode_batch(texts) == whole.encode(texts)
+        lengths.extend(len(cut._parts(text)) for text in texts)
+
+    same_ids()
+    assert max(lengths) > 3
+
+
+def test_a_vocabulary_with_pieces_over_spaces_is_not_cut(ours):
+    assert len(ours._parts("word " * 5000)) > 3
+    proto = sentencepiece_model_pb2.ModelProto.FromString(ours.model_bytes)
+    proto.pieces[-1].piece = "e\u2581t"
+    assert len(Tokenizer("changed", proto.SerializeToString())._parts("word " * 5000)) == 1

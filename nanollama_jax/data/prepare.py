@@ -25,7 +25,7 @@ from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import FILTERS
 from nanollama_jax.data.near_duplicates import load_left_out
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, verify_shards, write_json
-from nanollama_jax.data.sources import batched, matched_files, read_documents
+from nanollama_jax.data.sources import batched, matched_files, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer, train
 
@@ -118,7 +118,8 @@ def prepare_source(
     """Prepares `url` into `out_dir` and returns its manifest; goes on from where it stopped if it was killed. None: Slurm has it now.
 
     Where it is already done it reads all shards once and compares their checksums, which for a large corpus takes a while.
-    `tasks` is the number of ranks, and decides what is in which shard; each stops after its share of `max_tokens` (0: all there is).
+    `tasks` is the number of ranks (fewer, if the source has few files) and decides what is in which shard; each stops after its share of
+    `max_tokens` (0: all there is).
     `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one of decontaminate.POLICIES.
     Raises `BadInput` for bad text (what other ranks finished stays), for a source without documents or with an empty split, for Ctrl-C, and if
     `out_dir` holds something else, or was made of another list of files.
@@ -128,6 +129,7 @@ def prepare_source(
         raise BadInput(f"validation_fraction={validation_fraction} must be at least 0 and below 1")
     if tasks < 1:
         raise BadInput(f"preparation needs at least one task, not {tasks}")
+    tasks = int(min(tasks, useful_ranks(url)))
     if contaminated not in decontaminate.POLICIES:
         raise BadInput(f"corpora.{name}.contaminated={contaminated!r}: choose one of {', '.join(decontaminate.POLICIES)}")
     if keep not in FILTERS:

@@ -10,7 +10,8 @@
 Options follow a question mark: `text=FIELD` names the field with the text ("text"); `split`, `name` and `data_dir` mean what they
 mean to the library that reads. Whatever is wrong with the data raises `BadInput` that names the file and line; only documents
 without any visible text are passed over. Ranks read different files where there are enough; where there are fewer files than ranks,
-each rank opens a single file, and the ranks that share it take its documents in turn.
+each rank opens a single file, and the ranks that share it take its documents in turn (preparation lets few share a file that is slow to
+unpack: split a large .xz).
 """
 
 import glob
@@ -18,6 +19,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import re
 import urllib.parse
@@ -31,6 +33,7 @@ from datatrove.data import Document
 from nanollama_jax.data import builtin
 from nanollama_jax.errors import BadInput
 
+_RANKS_A_FILE = {".xz": 2, ".gz": 8}
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**20, 1024
 # A question mark is also a glob's wildcard: options begin at one that is followed by "word=".
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<path>.*?)(?:\?(?P<options>\w+=.*))?", re.DOTALL)
@@ -91,6 +94,11 @@ def matched_files(url: str) -> list[str] | None:
     """The files that a file:// URL stands for, sorted; None for other schemes."""
     scheme, path, _ = _parse(url)
     return _match(path) if scheme == "file" else None
+
+
+def useful_ranks(url: str) -> float:
+    """How many ranks a source can keep busy: each that shares a file unpacks all of it, and unpacks .xz at 60 MB/s, .gz at 200."""
+    return sum(_RANKS_A_FILE.get(Path(path).suffix, 64) for path in files) if (files := matched_files(url)) else math.inf
 
 
 def stored_files(url: str) -> tuple[list[str], str] | None:

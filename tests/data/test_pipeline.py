@@ -183,9 +183,8 @@ def test_a_position_of_another_corpus_is_refused(corpus):
     batches = iter(batches_of(corpus, {"short": 1.0}))
     state = batches.get_state()
     state["parents"]["short"]["parent_window_start_state"]["used"] = 10**6
-    batches.set_state(state)
     with pytest.raises(BadInput, match="prepared anew"):
-        next(batches)
+        batches.set_state(state)
     batches.close()
 
 
