@@ -179,13 +179,20 @@ def prepare_source(
                     f"{change} data.validation_fraction and remove {out_dir}"
                 )
         manifest = {"name": name, "licence": licence, "dtype": _dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
-        manifest |= inputs | {"decontamination": _decontamination(out_dir, ranks, items, contaminated), "splits": splits}
+        manifest |= inputs | {"left_out": _left_out(logs, tasks)}
+        manifest |= {"decontamination": _decontamination(out_dir, ranks, items, contaminated), "splits": splits}
         verify_shards(out_dir, manifest)
         write_json(out_dir / MANIFEST, manifest)
         named = {path for split in SPLITS for path in split_shards(out_dir, manifest, split)}
         for path in set(out_dir.glob("*.array_record*")) - named:  # what ranks that were killed left
             path.unlink()
     return manifest
+
+
+def _left_out(logs: Path, tasks: int) -> dict[str, int]:
+    """How many documents the filter and the report of near-duplicates left out, from the ranks' stats."""
+    read = [json.loads((logs / "stats" / f"{rank:05d}.json").read_text())[0]["stats"] for rank in range(tasks)]
+    return {why: sum(stats.get(why, 0) for stats in read) for why in ("filtered", "near_duplicates")}  # datatrove writes a count of ones as a number
 
 
 def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | None, policy: str) -> dict[str, Any] | None:

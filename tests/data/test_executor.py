@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import re
@@ -10,7 +11,8 @@ from multiprocessing import forkserver
 import pytest
 from datatrove.pipeline.base import PipelineStep
 
-from nanollama_jax.data import executor
+from nanollama_jax import tokenizer
+from nanollama_jax.data import executor, prepare
 from nanollama_jax.data.executor import Executor, run_ranks
 from nanollama_jax.errors import BadInput
 
@@ -187,6 +189,22 @@ def test_ranks_that_fail_on_ray_are_named_and_redone_alone(folder, ray_cluster, 
     assert_complete(folder, before)
     out, errors = capfd.readouterr()
     assert re.fullmatch(r"(letters: \d/3 ranks, \d+ s\n)+", out) and "3/3" in out and errors == ""
+
+
+def test_ray_prepares_the_same_bytes_as_this_machine(ray_cluster, tmp_path, monkeypatch):
+    texts = [f"document {i}, which says {'very ' * (i % 50)}little" for i in range(500)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer.train(texts, tmp_path / "t.model", 290, 10**6)
+    prepare_in = lambda name, how: prepare.prepare_source(  # noqa: E731
+        "corpus", f"file://{tmp_path}/texts.jsonl", "", tmp_path / name, tmp_path / "t.model", validation_fraction=0.1, tasks=4, executor=how
+    )
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+    assert prepare_in("ray", Executor("ray")) == prepare_in("local", LOCAL)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()} for name in ("ray", "local")]
+    assert files[0] == files[1] and len(files[0]) == 9  # four ranks' two splits, and the manifest
+    for path in ("logs/logs/task_00003.log", "logs/stats/00003.json", "logs/completions/00003"):
+        assert (tmp_path / "ray" / path).exists()
+    assert '"tokens"' in (tmp_path / "ray/logs/stats/00003.json").read_text()
 
 
 def test_without_ray_one_line_says_what_to_install(folder, monkeypatch):

@@ -64,7 +64,8 @@ def test_a_budget_of_tokens_is_kept_and_shared_by_the_ranks(model, texts, tmp_pa
 
 
 def test_a_filter_keeps_what_it_names(source, model, texts, tmp_path):
-    run(source, model, tmp_path / "out", keep="stem")
+    manifest = run(source, model, tmp_path / "out", keep="stem")
+    assert manifest["left_out"] == {"filtered": sum(STEM not in text for text in texts), "near_duplicates": 0}
     assert texts_of(tmp_path / "out", model) == sorted(text for text in texts if STEM in text)
     with pytest.raises(BadInput, match="corpora.corpus.keep='sports' is no filter: choose one of '', 'stem'"):
         run(source, model, tmp_path / "no", keep="sports")
@@ -128,7 +129,8 @@ def test_near_duplicates_of_a_report_are_left_out(model, tmp_path):
     source = f"file://{tmp_path}/texts.jsonl"
     report = near_duplicates.find_near_duplicates([source], tmp_path / "report.json", threshold=0.8)
     assert [int(entry["id"].rpartition(":")[2]) - 1 for entry in report["leave_out"]] == list(range(50, 60))
-    run(source, model, tmp_path / "out", leave_out=str(tmp_path / "report.json"))
+    manifest = run(source, model, tmp_path / "out", leave_out=str(tmp_path / "report.json"))
+    assert manifest["left_out"] == {"filtered": 0, "near_duplicates": 10}
     assert texts_of(tmp_path / "out", model) == sorted(single)
     with pytest.raises(BadInput, match="gone.json is missing"):
         run(source, model, tmp_path / "no", leave_out=str(tmp_path / "gone.json"))
