@@ -17,6 +17,7 @@ iterator's state in a checkpoint, depend on neither the number of processes nor 
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import zlib
 from collections.abc import Mapping
@@ -70,43 +71,60 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
 
 
 def train_batches(
-    sources: Mapping[str, Source], weights: Mapping[str, float], tokenizer: Tokenizer, *, batch_size: int, seq_len: int, max_segments: int, seed: int
-) -> grain.IterDataset:
-    """Endless global batches of the sources in `weights`. Iterators have get_state and set_state."""
-    rows = {}
+    sources: Mapping[str, Source], weights: Mapping[str, float], tokenizer: Tokenizer, *,
+    batch_size: int, seq_len: int, max_segments: int, seed: int, rows: int | None = None,
+) -> grain.IterDataset:  # fmt: skip
+    """Endless global batches of the sources in `weights`, of which `rows` will be read. Iterators have get_state and set_state."""
+    shuffled, total = {}, sum(weights.values())
     for name, weight in sorted(weights.items()):
-        if weight <= 0:
+        if not 0 < weight < math.inf:
             raise BadInput(f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead")
         if not sources[name].tokens("train"):
             raise BadInput(f"source {name!r} has no training documents: give it more text, or leave it out of data.sources")
         packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
-        rows[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle_window(seq_len), seed=_own_seed(seed, name))
-    mixed = grain.IterDataset.mix(rows, {name: weights[name] for name in rows})
+        window = shuffle_window(seq_len, rows and int(rows * weight / total))
+        shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=_own_seed(seed, name))
+    mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
 
 
-def positions(state: dict[str, Any]) -> dict[str, Any]:
-    """source -> where it stands, from the state of an iterator of `train_batches`: the first document of the rows being shuffled."""
-    return {name: source["parent_window_start_state"] for name, source in state["parents"].items()}
+def shuffle_window(seq_len: int, rows: int | None = None) -> int:
+    """How many rows of a source are shuffled among each other, of `rows` that a stage reads of it.
 
-
-def begin_at(state: dict[str, Any], positions: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a new iterator with its sources at `positions`, whatever weights and row length they were read with: no document is skipped,
-    and at most the rows of one shuffle window are read again. Sources without a position keep their beginning.
+    A stage of a few windows ends just after one, for the next begins with the window in hand: the nano curriculum would read one all over again.
     """
-    parents = {
-        name: source | {"parent_window_start_state": positions[name]} if name in positions else source for name, source in state["parents"].items()
-    }
-    return state | {"parents": parents}
+    window = min(SHUFFLE_ROWS, max(1, SHUFFLE_ROWS * 4096 // seq_len))
+    if rows is None or rows >= 8 * window:
+        return window
+    rows = max(1, rows - 2)  # the mix is within a row of the shares
+    return rows // -(-rows // window)
+
+
+def positions(state: dict[str, Any], sources: Mapping[str, Source], seed: int) -> dict[str, Any]:
+    """source -> where it stands in which order, from the state of an iterator of `train_batches`: the first document of the window in hand."""
+    starts = {name: parent["parent_window_start_state"] for name, parent in state["parents"].items()}
+    return {name: {"at": start, "seed": seed, "corpus": fingerprint({name: sources[name]})} for name, start in starts.items()}
+
+
+def begin_at(
+    state: dict[str, Any], positions: Mapping[str, Any], sources: Mapping[str, Source], seed: int
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """The state of a new iterator with its sources at `positions`, whatever weights and row length they were read with: no document is skipped,
+    and at most the rows of one window are read again. Sources without a position keep their beginning, and so do those, named, whose position is
+    in another order: of another seed, or prepared anew.
+    """
+    parents, anew = dict(state["parents"]), []
+    for name in parents.keys() & positions.keys():
+        if (positions[name]["seed"], positions[name]["corpus"]) == (seed, fingerprint({name: sources[name]})):
+            parents[name] = parents[name] | {"parent_window_start_state": positions[name]["at"]}
+        else:
+            anew.append(name)
+    return state | {"parents": parents}, sorted(anew)
 
 
 def _own_seed(seed: int, name: str) -> int:
     return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
-
-
-def shuffle_window(seq_len: int) -> int:
-    return min(SHUFFLE_ROWS, max(1, SHUFFLE_ROWS * 4096 // seq_len))
 
 
 def packed_rows(source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int) -> grain.IterDataset:
@@ -212,5 +230,5 @@ class _PackIterator(grain.DatasetIterator):
         self._document = None
         if state["used"]:
             if not self._take_document() or state["used"] >= len(self._document):
-                raise BadInput("the checkpoint's position is not in this corpus: it was prepared anew since; start without it, or restore the corpus")
+                raise BadInput("the checkpoint's position is not in this corpus: it was prepared anew since; restore it, or choose another workdir")
             self._used = state["used"]

@@ -66,9 +66,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in dict.fromkeys((*config.data.sources, *validated))}
         packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
         shares = dict(config.data.sources)
-        batches = iter(pipeline.train_batches(sources, shares, tokenizer, batch_size=config.batch_size, seed=config.seed, **packing))
+        rows = (config.end_step - config.start_step) * config.batch_size
+        batches = iter(pipeline.train_batches(sources, shares, tokenizer, batch_size=config.batch_size, seed=config.seed, rows=rows, **packing))
         cleanup.callback(batches.close)
-        for line in mix.repetition_warnings(mix.epochs(sources, shares, (config.end_step - config.start_step) * config.tokens_per_step), config.name):
+        for line in mix.repetition_warnings(mix.epochs(sources, shares, rows * config.seq_len), config.name):
             log.warning("%s", line)
         validation_data = {
             name: pipeline.validation_batches(
@@ -103,7 +104,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             state = make_state()
         elif origin == workdir:
             state, data = checkpoints.restore(origin_step, shapes, shardings)
-            read_before = known_order(data, workdir)["read_before"]
+            read_before = known_order(data, workdir)["positions"]
             batches.set_state(data["batches"])
         elif checkpoint.read_metadata(origin, origin_step).get("weights_only"):
             params = checkpoint.load(origin / checkpoint.FOLDER / f"step_{origin_step}").params
@@ -112,8 +113,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, data = other.restore(origin_step, shapes, shardings)
-            read_before = known_order(data, origin)["read_before"] | pipeline.positions(data["batches"])
-            batches.set_state(pipeline.begin_at(batches.get_state(), read_before))
+            read_before = known_order(data, origin)["positions"]
+            position, anew = pipeline.begin_at(batches.get_state(), read_before, sources, config.seed)
+            batches.set_state(position)
+            if anew:
+                log.warning("%s: read from their beginning, for the seed or the corpus is another than before: %s", config.name, ", ".join(anew))
         step = first_step = int(state.step)
         whence = "from scratch" if origin is None else f"{'resumed ' if origin == workdir else ''}from {origin} at step {step}"
         log.info("%s: weights %s", config.name, whence)
@@ -163,7 +167,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         def save() -> None:
             about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited
-            checkpoints.save(step, state, {"batches": batches.get_state(), "read_before": read_before}, about, tokenizer.model_bytes)
+            position = batches.get_state()
+            data = {"batches": position, "positions": read_before | pipeline.positions(position, sources, config.seed)}
+            checkpoints.save(step, state, data, about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
             limits = gate_limits(step)
@@ -323,10 +329,19 @@ def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> 
             name = ".".join(key)
             raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
 
+    if (old := shuffle_windows(before)) != (new := shuffle_windows(now)):
+        raise BadInput(f"the run in {workdir} shuffles among {old} rows, and with end_step={config.end_step} it would among {new}: set end_step back")
+
+
+def shuffle_windows(config: dict[str, Any]) -> dict[str, int]:
+    """source -> rows that are shuffled among each other."""
+    shares, rows = config["data"]["sources"], (config["end_step"] - config["start_step"]) * config["batch_size"]
+    return {name: pipeline.shuffle_window(config["seq_len"], int(rows * share / sum(shares.values()))) for name, share in shares.items()}
+
 
 def known_order(data: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """The checkpoint's data item, if documents were read in the order that they are read in now."""
-    if "read_before" not in data:
+    if "positions" not in data:
         raise BadInput(
             f"the checkpoint in {workdir} is of an earlier version, which read documents in another order: finish its curriculum with that"
         )

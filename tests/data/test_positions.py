@@ -32,24 +32,68 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
     read_before, covered, rows_read = {}, {name: np.zeros(len(tokens), int) for name, (tokens, _) in streams.items()}, dict.fromkeys("abc", 0)
     for weights, seq_len, rows in STAGES:
         batches = iter(pipeline.train_batches(sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0))
-        batches.set_state(pipeline.begin_at(batches.get_state(), read_before))
+        state, anew = pipeline.begin_at(batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0)  # as a checkpoint keeps it
+        assert not anew
+        batches.set_state(state)
         for _ in range(rows):
             tokens = next(batches)["tokens"][0]
             name = source_of(tokens, tokenizer)
             at = streams[name][0].tobytes().index(tokens.tobytes()) // tokens.itemsize
             covered[name][at : at + seq_len] += 1
             rows_read[name] += 1
-        read_before |= pipeline.positions(json.loads(json.dumps(batches.get_state())))  # as a checkpoint keeps it
+        read_before |= pipeline.positions(batches.get_state(), sources, seed=0)
         batches.close()
     assert min(rows_read.values()) > 40
     for name, (_, starts) in streams.items():
-        stands_at = starts[read_before[name]["parent"]["next_index"]]
+        stands_at = starts[read_before[name]["at"]["parent"]["next_index"]]
         assert stands_at > 1000
         assert covered[name][:stands_at].min() >= 1  # nothing was skipped
         longest_window = 8 * 128 + max(np.diff(starts))
         assert not covered[name][stands_at + longest_window :].any()
         # And little is read again: what a stage had begun of a window when it ended.
         assert np.sum(covered[name] > 1) < (len(STAGES) - 1) * longest_window
+
+
+def test_a_stage_of_few_rows_still_moves_on(corpora):
+    sources, tokenizer = corpora
+    read_before, tokens = {}, []
+    for seq_len, rows in [(32, 320), (64, 90), (128, 40), (32, 200)]:  # none has a window of 512 rows
+        batches = iter(
+            pipeline.train_batches(sources, {"a": 0.5, "b": 0.5}, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0, rows=rows)
+        )
+        batches.set_state(pipeline.begin_at(batches.get_state(), read_before, sources, seed=0)[0])
+        tokens += [next(batches)["tokens"][0] for _ in range(rows)]
+        read_before |= pipeline.positions(batches.get_state(), sources, seed=0)
+        batches.close()
+    for name in "ab":
+        stream, starts = stream_of(sources[name], tokenizer)
+        covered = np.zeros(len(stream), int)
+        for row in tokens:
+            if source_of(row, tokenizer) == name:
+                at = stream.tobytes().index(row.tobytes()) // row.itemsize
+                covered[at : at + len(row)] += 1
+        stands_at = starts[read_before[name]["at"]["parent"]["next_index"]]
+        assert covered[:stands_at].min() >= 1
+        # At a stage's end a row or two are of the window that is begun again, and so is the document that it begins in.
+        assert np.sum(covered > 1) < 3 * (3 * 128 + max(np.diff(starts))) < 0.3 * covered.sum()
+
+
+def test_positions_in_another_order_are_not_used(corpora):
+    sources, tokenizer = corpora
+    batches = iter(pipeline.train_batches(sources, {"a": 1.0, "b": 1.0}, tokenizer, batch_size=8, seq_len=64, max_segments=64, seed=0, rows=64))
+    for _ in range(8):
+        next(batches)
+    state, fresh = batches.get_state(), pipeline.positions(batches.get_state(), sources, seed=0)
+    batches.close()
+    assert pipeline.begin_at(state, fresh, sources, seed=1)[1] == ["a", "b"]
+    other = fresh | {"b": fresh["b"] | {"corpus": "another"}}
+    assert pipeline.begin_at(state, other, sources, seed=0)[1] == ["b"]
+    assert pipeline.begin_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
+
+
+@pytest.mark.parametrize(("rows", "window"), [(None, 512), (10**6, 512), (4096, 512), (4095, 511), (960, 479), (320, 318), (2, 1), (0, 1)])
+def test_shuffle_windows(rows, window):
+    assert pipeline.shuffle_window(4096, rows) == window
 
 
 def test_another_source_or_weight_does_not_change_a_sources_order(corpora):

@@ -1,5 +1,6 @@
 """A run is never lost: killed, stopped, moved to other devices, it goes on as if nothing had been."""
 
+import itertools
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.train.metrics import read_rows
-from tests.end_to_end.conftest import STAGES, rows
+from tests.end_to_end.conftest import SOURCES, STAGES, rows
 
 
 def saved_state(workdir):
@@ -22,6 +23,12 @@ def saved_state(workdir):
     _, step = checkpoint.find(workdir)
     restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / f"step_{step}" / "state")
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
+
+
+def saved_positions(workdir):
+    """The positions in its sources of the latest checkpoint."""
+    _, step = checkpoint.find(workdir)
+    return json.loads((workdir / "checkpoints" / f"step_{step}" / "data" / "metadata").read_text())["positions"]
 
 
 def assert_bit_identical(workdir, other):
@@ -62,6 +69,7 @@ def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp
         assert rows(tmp_path / name) == rows(undisturbed / name), name
         assert validations(tmp_path / name) == validations(undisturbed / name), name
         assert_bit_identical(tmp_path / name, undisturbed / name)
+        assert saved_positions(tmp_path / name) == saved_positions(undisturbed / name)
 
 
 def test_curriculum_leaves_what_it_promises(lab, undisturbed):
@@ -79,6 +87,16 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     assert about["rope_theta"] == pytest.approx(5e5) and len(about["tokenizer_sha256"]) == len(about["data_sha256"]) == 64
     assert about["config"]["seq_len"] == 64
     step, state = saved_state(undisturbed / "phase3")
+    # Each stage goes on in its sources where the last one with them stopped, and remembers those that it does not read.
+    positions = {name: saved_positions(undisturbed / name) for name in STAGES}
+    assert positions["phase1"].keys() == set(SOURCES)
+    for before, name in itertools.pairwise(STAGES):
+        for source in SOURCES:
+            there, here = (positions[stage][source]["at"] for stage in (before, name))
+            if source in checkpoint.read_metadata(undisturbed / name, STAGES[name][1])["config"]["data"]["sources"]:
+                assert here["parent"]["next_index"] > there["parent"]["next_index"], (name, source)
+            else:
+                assert here == there
     assert step == 80 and state["['step']"] == 80 and state["['opt_state'][1]['count']"] == 80  # the optimizer carries across phases
 
 
