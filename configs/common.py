@@ -55,7 +55,7 @@ def base(scale: str) -> ConfigDict:
     config.corpora = ConfigDict()  # what this recipe prepares: configs/corpora.py
     config.data = ConfigDict(dict(dir="data/nano" if nano else "data", prepare_tasks=8 if nano else 256))
     config.data.validation_fraction = 0.02 if nano else 0.0005
-    config.data.benchmarks = ConfigDict({} if nano else BENCHMARKS)  # what is kept out of the corpora; the quickstart has no network
+    config.data.benchmarks = ConfigDict(dict.fromkeys(BENCHMARKS, "") if nano else BENCHMARKS)  # kept out; nano, which needs no network, has no URLs
     config.data.max_segments = 64
     config.data.sources = ConfigDict()  # name -> share of the rows
     config.data.validation = ()  # corpora to measure perplexity on; empty: those in data.sources

@@ -175,6 +175,7 @@ class Tokenizer:
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
         plain = not proto.normalizer_spec.precompiled_charsmap and not proto.normalizer_spec.remove_extra_whitespaces
         plain &= proto.normalizer_spec.escape_whitespaces and not proto.trainer_spec.treat_whitespace_as_suffix and proto.trainer_spec.byte_fallback
+        plain &= proto.trainer_spec.model_type == proto.trainer_spec.BPE  # a unigram model's scores are summed over the whole text, and round
         return plain and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in proto.pieces)
 
     @functools.cached_property

@@ -196,13 +196,12 @@ def benchmark_decontaminate(source: str, benchmarks: dict[str, str], documents: 
 
 
 def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 1000) -> None:
-    """One real shard under 1,000 names: 30 million documents. Opened, read and resumed by what training uses, in this process."""
-    import resource
+    """One real shard under 1,000 names: 30 million documents. Opened and resumed as training does, each in a process of its own."""
+    import multiprocessing
 
     import grain
     import numpy as np
 
-    from nanollama_jax.data import pipeline
     from nanollama_jax.data.shards import ShardWriter, write_json
 
     tokenizer = random_model("nano").tokenizer
@@ -219,28 +218,39 @@ def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 
         split = {"documents": documents * shards, "tokens": documents * shards * length, "shards": [first | {"file": name} for name in names]}
         empty = {"documents": 0, "tokens": 0, "shards": []}
         write_json(root / "manifest.json", {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint16", "splits": {"train": split, "validation": empty}})
-
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        sources = {"corpus": pipeline.open_source(directory, "corpus", tokenizer)}
-        make = lambda: iter(  # noqa: E731
-            pipeline.train_batches(sources, {"corpus": 1.0}, tokenizer, batch_size=32, seq_len=4096, max_segments=64, seed=0)
-        )
-        batches = make()
-        next(batches)
-        opened = time.perf_counter() - started
-        print(f"\n{shards:,} shards, {split['documents']:,} documents, {split['tokens']:,} tokens: first batch after {opened:.1f} s")
-        state = batches.get_state()
-        batches.close()
-        at = int(np.random.default_rng(0).integers(split["documents"]))
-        state["parents"]["corpus"]["parent_window_start_state"]["parent"]["next_index"] = at
-        batches, started = make(), time.perf_counter()
-        batches.set_state(state)
-        next(batches)
-        print(f"resumed at document {at:,}: next batch after {time.perf_counter() - started:.1f} s")
-        batches.close()
-        print(f"host memory: {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6:.2f} GB more than before")
+        print(f"\n{shards:,} shards, {split['documents']:,} documents, {split['tokens']:,} tokens")
+        context, state = multiprocessing.get_context("spawn"), None
+        for what in ("opened", "resumed in the middle of a window, at a random document"):
+            with context.Pool(1) as pool:
+                seconds, gigabytes, state = pool.apply(open_corpus, (directory, tokenizer.model_bytes, state))
+            print(f"{what}: first batch after {seconds:.1f} s, {gigabytes:.2f} GB of host memory in all")
+            state["parents"]["corpus"]["parent_window_start_state"]["parent"]["next_index"] = int(
+                np.random.default_rng(0).integers(split["documents"])
+            )
         order = grain.MapDataset.range(split["documents"]).seed(0).shuffle()
-        print(f"the first 1,000 documents come from {len({order[i] // documents for i in range(1000)})} of {shards:,} shards")
+        print(f"of as many, Grain's shuffle takes the first 1,000 from {len({order[i] // documents for i in range(1000)})} shards")
+
+
+def open_corpus(directory: str, tokenizer_model: bytes, state: dict | None) -> tuple[float, float, dict]:
+    """Seconds from nothing to the first batch, what the process took of memory (GB), and the position after some batches."""
+    import resource
+
+    from nanollama_jax.data import pipeline
+    from nanollama_jax.tokenizer import Tokenizer
+
+    started = time.perf_counter()
+    tokenizer = Tokenizer("made-up", tokenizer_model)
+    sources = {"corpus": pipeline.open_source(directory, "corpus", tokenizer)}
+    batches = iter(pipeline.train_batches(sources, {"corpus": 1.0}, tokenizer, batch_size=32, seq_len=4096, max_segments=64, seed=0))
+    if state:
+        batches.set_state(state)
+    next(batches)
+    seconds = time.perf_counter() - started
+    for _ in range(5):
+        next(batches)
+    state = batches.get_state()
+    batches.close()
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, state
 
 
 def benchmark_decode(scale: str, rounds: int) -> None:

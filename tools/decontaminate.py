@@ -36,20 +36,25 @@ def main() -> None:
     with one_line_errors():
         if unnamed := [one for one in arguments.benchmark if "=" not in one]:
             raise BadInput(f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl")
+        named = [one.split("=", 1) for one in arguments.benchmark]
+        if len(dict(named)) < len(named):
+            raise BadInput("--benchmark: a name is given twice: write gsm8k=URL and gsm8k_2=URL")
+        if (out := pathlib.Path(arguments.out)).exists() or not out.parent.is_dir():
+            raise BadInput(f"--out {out}: there is {'such a file already' if out.exists() else 'no such folder'}: choose another name")
         if "://" in arguments.text:
             documents = sources.read_documents(arguments.text, 0, 1)
         elif arguments.tokenizer:
             documents = shards.read_documents(arguments.text, Tokenizer(arguments.tokenizer))
         else:
             raise BadInput(f"{arguments.text} is no source URL, as in file://texts/*.txt: of a prepared corpus, name the --tokenizer too")
-        index = decontaminate.Index(decontaminate.read_benchmarks(dict(one.split("=", 1) for one in arguments.benchmark) or BENCHMARKS))
+        index = decontaminate.Index(decontaminate.read_benchmarks(dict(named) or BENCHMARKS))
         report = decontaminate.search(documents, index, show)
-        shards.write_json(pathlib.Path(arguments.out), report)
+        shards.write_json(out, report)
     table = Table("benchmark", "items", "found", "in documents", title=arguments.out)
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
     Console().print(table)
-    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} items are too short to look for")
+    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
 
 
 _started = _last = time.monotonic()

@@ -5,9 +5,9 @@
     python tools/inspect_data.py --config configs/phase2_16k.py --config.data.sources.pg19=0.8      another mix, before it costs anything
 
 The corpora must be prepared (tools/prepare_data.py). With several stages, each has a picture of its own: FILE_STAGE.png.
+The rows shown are the first of a source's order, at the stage's row length; in training a later stage goes on where the one before stopped.
 """
 
-import collections
 import pathlib
 import sys
 
@@ -25,7 +25,20 @@ from nanollama_jax.tokenizer import Tokenizer
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase2_16k.py.", lock_config=True)
 STAGE = flags.DEFINE_string("stage", None, "One stage of a curriculum. Default: all of them.")
 ROWS = flags.DEFINE_integer("rows", 1000, "Packed rows to read of each source; at most an epoch is.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "A PNG to draw.")
+OUT = flags.DEFINE_string("out", None, "A PNG to draw, in a folder that exists.")
+
+
+def picture_paths(out: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
+    """Stage -> its picture. Raises BadInput where none could be written: better known before the reading."""
+    if out.is_dir():
+        raise BadInput(f"--out={out} is a folder: name a file in it")
+    if not out.parent.is_dir():
+        raise BadInput(f"--out={out}: there is no folder {out.parent}; make it, or choose another --out")
+    paths = {name: out.with_stem(f"{out.stem}_{name}") if len(names) > 1 else out for name in names}
+    for path in paths.values():
+        if path.is_dir():
+            raise BadInput(f"--out={out}: {path} is a folder; choose another --out")
+    return paths
 
 
 def main(_: list[str]) -> None:
@@ -35,20 +48,18 @@ def main(_: list[str]) -> None:
         if STAGE.value not in (None, *names):
             raise BadInput(f"--stage={STAGE.value}: this config has {', '.join(names)}")
         names = [STAGE.value] if STAGE.value else names
+        pictures = picture_paths(pathlib.Path(OUT.value), names) if OUT.value is not None else {}
         sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal has
-        console, tokenizer, total = Console(highlight=False, markup=False), Tokenizer(config.tokenizer.path), collections.Counter()
+        console, tokenizer = Console(highlight=False, markup=False), Tokenizer(config.tokenizer.path)
         stages = [mix.open_mix(stage_config(config, name, "") if "stages" in config else config, tokenizer) for name in names]
         for stage in stages:
             rows = {name: mix.read_rows(stage, name, tokenizer, ROWS.value, console) for name in stage.sources}
             mix_report.report(stage, rows, tokenizer, console)
-            total.update(stage.epochs)
-            if OUT.value:
-                path = pathlib.Path(OUT.value)
-                path = path if len(stages) == 1 else path.with_stem(f"{path.stem}_{stage.name}")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                mix_report.plot(stage, rows, path)
-                console.print(f"picture: {path}", soft_wrap=True)
+            if pictures:
+                mix_report.plot(stage, rows, pictures[stage.name])
+                console.print(f"picture: {pictures[stage.name]}", soft_wrap=True)
         if len(stages) > 1:
+            total = mix.epochs_of_all(stages)
             console.print("all stages together: " + ", ".join(f"{name} {times:.2f} epochs" for name, times in total.items()), soft_wrap=True)
             for line in mix.repetition_warnings(total, "all stages together"):
                 console.print(f"warning: {line}", style="yellow", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Finds benchmark items inside documents, so that they are not trained on: shared word 13-grams, as in GPT-3 (Brown et al. 2020, appendix C).
 
 Text is compared as lower-case words without punctuation. A passage of 13 words or more is found by any 13 of them in a row; a question of
-8 to 12 words only as a whole; shorter ones are not looked for, and counted. What is shared must be the whole passage, or have 3 letters a
+8 to 12 words only as a whole; shorter ones are not looked for, and counted. What is shared must be most of the passage, or have 3 bytes a
 word, or 120: else any two loops over `dp[i][j]` agree. What a document holds is hashed in numpy and looked up in a table
 of all items; the few candidates are compared word by word, so no hit is a hash collision. MinHash cannot do this: an item of 50 words hardly
 changes the Jaccard similarity of a document of 1,000 (docs/data.md has the figures).
@@ -9,7 +9,6 @@ changes the Jaccard similarity of a document of 1,000 (docs/data.md has the figu
 
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 import unicodedata
@@ -27,18 +26,21 @@ from nanollama_jax.errors import BadInput
 GRAM_WORDS = 13
 MIN_WORDS = 8  # of a question that is looked for as a whole
 MARGIN = 200  # characters removed on each side of a hit by the policy "cut", and the least that is kept between two cuts
-MIN_LETTERS, ENOUGH_LETTERS = 3, 120  # a word, and in all
+WORD_BYTES, ENOUGH_BYTES, MOST = 3, 120, 0.8
 POLICIES = ("drop", "cut")
 
 _ASCII_WORDS = bytes(byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in range(256)).lower()
+# Soft hyphens, joiners and byte order marks go; ligatures are spelt out
+_WITHIN_WORDS = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff\ufb00-\ufb06]")
 _CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's answers: "2 * 3 = <<2*3=6>>6"
 _MARKUP = re.compile(r"\[\w+\]")  # HellaSwag's "[header]", "[step]"
-_BATCH_BYTES = 2**17  # hashed at once: arrays that stay in the cache. 64K to 256K: 150 MB/s, 1M: 97
+_BATCH_BYTES = 2**17  # hashed at once: arrays that stay in the cache (64K to 256K: 150 MB/s of hashing alone, 1M: 97)
 
 
 def normalise(text: str) -> bytes:
     """The words of `text`, lower-case, in UTF-8, with spaces between: runs of letters and digits; an apostrophe is no break ("don't": dont)."""
     if not text.isascii():
+        text = _WITHIN_WORDS.sub(lambda match: unicodedata.normalize("NFKC", match[0]) if match[0] > "\ufaff" else "", text)
         points = np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), "<u4")
         text = _other_words()[np.minimum(points, 0xFFFF)].tobytes().decode("utf-32-le")
     return text.encode().translate(_ASCII_WORDS, b"'")
@@ -57,11 +59,12 @@ def _other_words() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question of a benchmark, normalised. `where` names its file and line; `passages[0]` is the question, the others its answers."""
+    """One record of a benchmark, its texts normalised. `where` names its file and line."""
 
     benchmark: str
     where: str
-    passages: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +78,16 @@ class Hit:
     text: str
 
 
-# The fields of each benchmark in its hub's schema: the question first, then what else would give it away. A longer name, as bfcl_simple, has
-# the schema that it begins with.
-_PASSAGES: dict[str, Callable[[dict], Iterable[str]]] = {
-    "mmlu": lambda r: [r["question"], *r["choices"]],
-    "gsm8k": lambda r: [r["question"], r["answer"], _CALCULATOR.sub("", r["answer"])],
-    "hellaswag": lambda r: [_MARKUP.sub(" ", f"{r['ctx']} {r['endings'][int(r['label'])]}" if str(r["label"]).isdigit() else r["ctx"])],
-    "arc": lambda r: [r["question"], *r["choices"]["text"]],
-    "truthfulqa": lambda r: [r["question"], *r["mc1_targets"]["choices"], *r["mc2_targets"]["choices"]],
-    "mt_bench": lambda r: r["turns"] if "turns" in r else r["prompt"],
-    "bfcl": lambda r: [message["content"] for turn in r["question"] for message in turn],
-    "text": lambda r: [r["text"]],
+# The fields of each benchmark in its hub's schema: questions, and answers that would give them away. A name as bfcl_simple has the schema bfcl.
+_PASSAGES: dict[str, Callable[[dict], tuple[list[str], list[str]]]] = {
+    "mmlu": lambda r: ([r["question"]], r["choices"]),
+    "gsm8k": lambda r: ([r["question"]], [r["answer"], _CALCULATOR.sub("", r["answer"])]),
+    "hellaswag": lambda r: ([_MARKUP.sub(" ", f"{r['ctx']} {r['endings'][int(r['label'])]}" if str(r["label"]).isdigit() else r["ctx"])], []),
+    "arc": lambda r: ([r["question"]], r["choices"]["text"]),
+    "truthfulqa": lambda r: ([r["question"]], r["mc1_targets"]["choices"] + r["mc2_targets"]["choices"]),
+    "mt_bench": lambda r: (r["turns"] if "turns" in r else r["prompt"], []),
+    "bfcl": lambda r: ([message["content"] for turn in r["question"] for message in turn], []),
+    "text": lambda r: ([r["text"]], []),
 }
 
 
@@ -93,19 +95,26 @@ _PASSAGES: dict[str, Callable[[dict], Iterable[str]]] = {
 def _read_benchmarks(urls: tuple[tuple[str, str], ...]) -> list[Item]:
     items = []
     for name, url in urls:
-        schema = next((schema for schema in _PASSAGES if name.startswith(schema)), None)
+        schema = next((schema for schema in _PASSAGES if f"{name}_".startswith(f"{schema}_")), None)
         if schema is None:
             raise BadInput(f"benchmark {name!r} is of no known schema: begin its name with one of {', '.join(_PASSAGES)}")
         before = len(items)
         for where, record in read_records(url):
             try:
-                passages = [normalise(passage).decode() for passage in _PASSAGES[schema](record)]
+                questions, answers = _PASSAGES[schema](record)
+                if isinstance(questions, str) or isinstance(answers, str):
+                    raise TypeError("a text where there should be a list")
+                item = Item(name, where, tuple(map(_words, questions)), tuple(map(_words, answers)))
             except (KeyError, TypeError, IndexError, AttributeError) as error:
                 raise BadInput(f"{where}: not a record of {schema} ({type(error).__name__}: {error}): check the URL of benchmark {name!r}") from error
-            items.append(Item(name, where, tuple(" ".join(passage.split()) for passage in passages)))
+            items.append(item)
         if len(items) == before:
             raise BadInput(f"benchmark {name!r} has no items: {url} is empty")
     return items
+
+
+def _words(text: str) -> str:
+    return b" ".join(normalise(text).split()).decode()
 
 
 def read_benchmarks(urls: Mapping[str, str]) -> list[Item]:
@@ -118,18 +127,17 @@ class Index:
 
     def __init__(self, items: Sequence[Item]):
         self.items = items
-        self.too_short = 0
+        self.too_short = 0  # questions
         self._passages: list[tuple[int, bytes]] = []  # (item, words)
         texts: dict[bool, list[tuple[int, bytes]]] = {False: [], True: []}
         for number, item in enumerate(items):
-            sought = False
-            for rank, passage in enumerate(item.passages):
+            for passage in (*item.questions, *item.answers):
                 words = passage.count(" ") + 1 if passage else 0
-                if words >= GRAM_WORDS or (rank == 0 and words >= MIN_WORDS):
+                if words >= GRAM_WORDS or (words >= MIN_WORDS and passage in item.questions):
                     texts[words >= GRAM_WORDS].append((len(self._passages), passage.encode()))
                     self._passages.append((number, passage.encode()))
-                    sought = True
-            self.too_short += not sought
+                else:
+                    self.too_short += passage in item.questions
         self._short = self._table((hashes[:1] for hashes in (_grams(text)[1] for _, text in texts[False])), texts[False])
         self._long = self._table((_grams(text)[2] for _, text in texts[True]), texts[True])
 
@@ -165,13 +173,14 @@ class Index:
         first_bytes = np.cumsum([0] + [len(document) + 1 for document in documents[:-1]])
         first_words = np.searchsorted(words_at, first_bytes)
         spans: dict[int, dict[int, list[tuple[int, int]]]] = {}
+        words_of = functools.cache(lambda document: documents[document].split())
         for grams, (keys, passages, present, shift) in ((eights, self._short), (thirteens, self._long)):
             maybe = np.flatnonzero(present[grams >> shift])
             first, last = (np.searchsorted(keys, grams[maybe], side) for side in ("left", "right"))
             for at, candidates in [(int(maybe[i]), passages[first[i] : last[i]].tolist()) for i in np.flatnonzero(first < last)]:
                 document = int(np.searchsorted(first_words, at, side="right")) - 1
                 start = at - int(first_words[document])
-                words = documents[document].split()
+                words = words_of(document)
                 for candidate in candidates:
                     passage = self._passages[candidate][1]
                     length = min(passage.count(b" ") + 1, GRAM_WORDS)
@@ -192,7 +201,7 @@ class Index:
         for passage, of_passage in spans.items():
             item, length = self.items[self._passages[passage][0]], self._passages[passage][1].count(b" ") + 1
             for first, end in of_passage:
-                if end - first >= length or len(b"".join(words[first:end])) >= min(MIN_LETTERS * (end - first), ENOUGH_LETTERS):
+                if end - first >= MOST * length or len(b"".join(words[first:end])) >= min(WORD_BYTES * (end - first), ENOUGH_BYTES):
                     start = pieces[min(int(np.searchsorted(words_before, first, side="right")) - 1, len(pieces) - 1)][0]
                     stop = pieces[min(max(int(np.searchsorted(words_before, end)) - 1, 0), len(pieces) - 1)][1]
                     hits.add(Hit(item.benchmark, item.where, start, stop, text[start:stop]))
@@ -263,16 +272,15 @@ def search(documents: Iterable[Document], index: Index, on_progress: Callable[[i
     return {"documents": count, "bytes": size, "benchmarks": summary(index, hits), "contaminated": hits}
 
 
-def save_items(items: Sequence[Item], path: Path) -> str:
-    """Writes the items for `load_index`, and returns the file's sha256."""
+def save_items(items: Sequence[Item], path: Path) -> None:
+    """Writes the items for `load_index`."""
     write_json(path, [dataclasses.astuple(item) for item in items])
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
 def load_index(path: Path) -> Index:
     """The index of a file of `save_items`. Built once in a process: a few seconds for the full benchmarks."""
-    return Index([Item(benchmark, where, tuple(passages)) for benchmark, where, passages in json.loads(path.read_text())])
+    return Index([Item(*fields) for fields in json.loads(path.read_text())])
 
 
 def summary(index: Index, report: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from nanollama_jax.data import sources
 from nanollama_jax.data.executor import cores
-from nanollama_jax.data.filters import FILTERS
+from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.shards import MANIFEST, SPLITS, load_manifest
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -46,13 +46,13 @@ class Estimate:
 
 def estimate(url: str, tokenizer: Tokenizer | None, *, max_tokens: int = 0, keep: str = "") -> Estimate:
     """Reads a sample of `url` and scales it to all there is, or to `max_tokens` if that is less. Raises `BadInput` as reading does."""
-    kept = read = kept_bytes = 0
+    kept, read, kept_bytes, is_kept = 0, 0, 0, filter_named(keep)
     started, texts = time.monotonic(), []
     streams = [sources.read_documents(url, rank, _STREAMS) for rank in range(_STREAMS)]
     for document in itertools.chain.from_iterable(itertools.zip_longest(*streams)):
         if document is not None:
             read += len(document.text.encode())
-            if FILTERS[keep](document.text):
+            if is_kept(document.text):
                 texts.append(document.text)
                 kept, kept_bytes = kept + 1, kept_bytes + len(document.text.encode())
             if read >= SAMPLE_BYTES or time.monotonic() - started > SAMPLE_SECONDS:
@@ -101,9 +101,11 @@ def _text_in(path: str, field: str, size: int) -> float:
         stored = size if len(content) < _LOOK_BYTES else min(file.tell(), size)
         if path.endswith(".txt"):
             return len(content) * size / max(1, stored)
-        lines = content.splitlines()[: None if stored == size else -1] or content.splitlines()
-        texts = (json.loads(line).get(field, "") for line in lines if line.strip())
-        return sum(len(text.encode()) for text in texts) * size / max(1, stored)
+        whole = content if stored == size else content[: content.rfind(b"\n") + 1]  # the last line may be cut
+        if not whole:
+            return len(content) * size / max(1, stored)
+        texts = (json.loads(line).get(field, "") for line in whole.splitlines() if line.strip())
+        return sum(len(text.encode()) for text in texts) * size / max(1, stored) * len(content) / len(whole)
 
 
 def _open_zst(file):
@@ -135,7 +137,7 @@ def print_estimates(config: ConfigDict) -> None:
     print("\n".join(notes))
     if tokenizer is None:
         print(f"There is no tokenizer yet: {_UNTRAINED[0]} bytes a token and {_UNTRAINED[1] / 1e6:.0f} MB/s on a core are assumed.")
-    print("On top come downloads, which are the network's time, and the search for benchmarks, about a tenth of the hours.")
+    print("On top come downloads, which are the network's time, and the search for benchmarks: a tenth of the hours, or less.")
 
 
 def _cells(documents: float, text: float, tokens: float, disk: float, hours: float) -> list[str]:

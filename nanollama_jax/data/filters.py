@@ -1,7 +1,9 @@
-"""Which documents of a source are kept, where a recipe wants a part of it: `config.corpora.NAME.keep` names one of FILTERS."""
+"""Which documents of a source are kept, where a recipe wants a part of it: `config.corpora.NAME.keep` names a filter."""
 
 import re
 from collections.abc import Callable
+
+from nanollama_jax.errors import BadInput
 
 STEM_CHARACTERS = 2000  # an article says in its beginning what it is about
 STEM_TERMS = 4  # different ones
@@ -37,4 +39,11 @@ def is_stem(text: str) -> bool:
     return False
 
 
-FILTERS: dict[str, Callable[[str], bool]] = {"": lambda text: True, "stem": is_stem}
+_FILTERS: dict[str, Callable[[str], bool]] = {"": lambda text: True, "stem": is_stem}
+
+
+def filter_named(name: str) -> Callable[[str], bool]:
+    """Says of a text whether it is kept; "" keeps all. Raises `BadInput` for an unknown name."""
+    if name not in _FILTERS:
+        raise BadInput(f"keep={name!r} is no filter: choose one of {', '.join(map(repr, _FILTERS))}")
+    return _FILTERS[name]

@@ -1,10 +1,12 @@
 """What a stage's mix of sources holds: how often each source is read, and what is in the rows that training reads.
 
-Rows come from `pipeline.packed_rows` with the run's seed, so they are the first ones that the first stage with this source trains on, before
-they are shuffled among each other; later stages go on where it stopped. A document's part in a row is a piece; that of a merged document is one
-too, though it shares its segment.
+Rows come from `pipeline.packed_rows` with the run's seed and the stage's row length, from the beginning of the source's order and before they
+are shuffled among each other. The first stage with this source trains on them; a later one goes on where the stage before stopped
+(`pipeline.positions`), so its own rows are alike, not the same. A document's part in a row is a piece; that of a merged document is one too, though
+it shares its segment.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -78,6 +80,14 @@ def open_mix(config: ConfigDict, tokenizer: Tokenizer) -> Mix:
     return Mix(config.name, sources, shares, tokens, epochs(sources, shares, tokens), **packing)
 
 
+def epochs_of_all(mixes: Iterable[Mix]) -> dict[str, float]:
+    """How many times each source is read in all stages together, in the order in which they first name it."""
+    total = collections.Counter()
+    for mix in mixes:
+        total.update(mix.epochs)
+    return dict(total)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """What N packed rows of one source hold, one after another. A training stream is endless: no row is padded."""
@@ -126,7 +136,7 @@ def describe(rows: Iterable[pipeline.Batch], tokenizer: Tokenizer, sample: Colle
 
 
 def read_rows(mix: Mix, name: str, tokenizer: Tokenizer, count: int, console: Console) -> Rows:
-    """The first `count` rows of a source, or one epoch if that is less. Up to 30 s for 16M tokens of short documents, 3 s for long ones."""
+    """The first `count` rows of a source's order, or one epoch if that is less."""
     count = min(count, max(1, tokens_on_disk(mix.sources[name]) // mix.seq_len))
     label = f"{mix.name}: reading {count:,} rows of {name}"
     if not console.is_terminal:

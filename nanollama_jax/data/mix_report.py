@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,50 +16,59 @@ from nanollama_jax.data.pipeline import Batch
 from nanollama_jax.tokenizer import Tokenizer
 
 SAMPLE_PIECES, SAMPLE_CHARACTERS = 6, 120  # of a row shown as text; of a piece
-PICTURE_ROWS = 32  # of all sources together
+PICTURE_ROWS = 32  # of all sources together, but at least one of each
+ORDER = "from the beginning of each source's order, at this stage's row length"
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
 def report(mix: Mix, rows: Mapping[str, Rows], tokenizer: Tokenizer, console: Console) -> None:
     """Prints tables of the sources and of their rows, warnings, what decontamination removed, and a few rows as text."""
-    title = f"{mix.name}: {quantity(mix.tokens)} tokens in {mix.tokens // mix.seq_len:,} rows of {mix.seq_len:,}"
-    table = _table(title, "share", "documents", "tokens on disk", "tokens to read", "epochs")
+    cells = []
     for name, source in mix.sources.items():
-        documents = source.manifest["splits"]["train"]["documents"]
-        counts = (f"{documents:,}", quantity(tokens_on_disk(source)), quantity(mix.tokens * mix.shares[name]))
-        table.add_row(name, f"{mix.shares[name]:.1%}", *counts, f"{mix.epochs[name]:.2f}")
-    console.print(table)
+        documents, share = source.manifest["splits"]["train"]["documents"], mix.shares[name]
+        tokens = quantity(tokens_on_disk(source)), quantity(mix.tokens * share)
+        cells.append((name, f"{share:.1%}", f"{documents:,}", *tokens, f"{mix.epochs[name]:.2f}"))
+    title = f"{mix.name}: {quantity(mix.tokens)} tokens in {mix.tokens // mix.seq_len:,} rows of {mix.seq_len:,}"
+    _print_table(console, title, ("share", "documents", "tokens\non disk", "tokens\nto read", "epochs"), cells)
     for line in repetition_warnings(mix.epochs, mix.name):
         console.print(f"warning: {line}", style="yellow", soft_wrap=True)
     for name, source in mix.sources.items():
         console.print(f"{name}: {_decontamination(source.manifest.get('decontamination'))}", soft_wrap=True)
 
-    title = f"Packed rows: documents merged beyond max_segments={mix.max_segments}, and cut by a row's end"
-    table = _table(title, "rows", "learnt", "documents", "a row", "at most", "merged", "cut")
+    cells = []
     for name, found in rows.items():
-        mean, most = f"{found.documents_N.mean():.1f}", f"{found.documents_N.max():,}"
-        cut = f"{found.cut / max(1, found.begun):.0%}"
-        table.add_row(name, f"{len(found.pieces):,}", f"{found.learnt:.2%}", f"{found.begun:,}", mean, most, f"{found.merged:,}", cut)
-    console.print(table)
+        documents = f"{found.begun:,}", f"{found.documents_N.mean():.1f}", f"{found.documents_N.max():,}", f"{found.merged:,}"
+        cells.append((name, f"{len(found.pieces):,}", f"{found.learnt:.2%}", *documents, f"{found.cut / max(1, found.begun):.0%}"))
+    title = f"Packed rows: documents merged beyond max_segments={mix.max_segments}, and cut by a row's end"
+    _print_table(console, title, ("rows", "learnt", "documents", "a row", "at\nmost", "merged", "cut"), cells)
+    console.print("fill: 100% of every row (a training stream has no padding); learnt: all but EOS, whose next token is another document's")
 
-    bins = [f"<= {length(end)}" for end in context_bins(mix.seq_len)]
-    title = f"Longest piece of a document in a row, and tokens with >= {length(mix.seq_len // 2)} of it before them"
-    table = _table(title, *bins, f"tokens {length(mix.seq_len // 2)}+")
-    shares = {name: np.append(found.context_histogram(mix.seq_len), found.long_context(mix.seq_len)) for name, found in rows.items()}
-    for name, row in (shares | {"the mix": sum(mix.shares[name] * shares[name] for name in shares)}).items():
-        table.add_row(name, *(f"{share:.1%}" for share in row))
-    console.print(table)
+    half = length(mix.seq_len // 2)
+    title = f"% of rows by the longest piece of a document in them, and % of tokens with >= {half} of it before them"
+    columns = [*(f"<=\n{length(end)}" for end in context_bins(mix.seq_len)), f"tokens\n{half}+"]
+    _print_table(console, title, columns, [(name, *(f"{share:.1f}" for share in row)) for name, row in _contexts(mix, rows).items()])
+    console.print(f"Sample rows, {ORDER}. In training, a stage goes on where the one before stopped:")
     for name, found in rows.items():
         for number, row in found.samples.items():
             console.print(f"{name}, row {number:,}: {len(row['tokens']):,} tokens, {len(found.pieces[number])} document(s)", style="bold")
             console.print(row_text(row, tokenizer))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table("source", title=title)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+def _contexts(mix: Mix, rows: Mapping[str, Rows]) -> dict[str, np.ndarray]:
+    """Of each source and of the mix: % of rows in each of `context_bins`, then % of tokens with half a row before them."""
+    found = {name: 100 * np.append(r.context_histogram(mix.seq_len), r.long_context(mix.seq_len)) for name, r in rows.items()}
+    return found | {"the mix": sum(mix.shares[name] * found[name] for name in rows)}
+
+
+def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A source's name, then figures, which are never cut: in 60 columns names fold."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("source", overflow="fold", min_width=5)
+    for column, cells in zip(columns, list(zip(*rows))[1:]):
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, [*column.splitlines(), *cells])))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, crop=False)
 
 
 def quantity(tokens: float) -> str:
@@ -105,75 +115,76 @@ def _shortened(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return f"{head[: SAMPLE_CHARACTERS * 2 // 3]} [...] {tail[-(SAMPLE_CHARACTERS // 3) :]}"
 
 
-def plot(mix: Mix, rows: Mapping[str, Rows], path: str | os.PathLike) -> None:
-    """A PNG: tokens to read against tokens on disk, documents per row, rows by longest piece, and some rows as bars of documents."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(15, 10), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 6))
-    disk_axis, documents_axis, context_axis = upper.subplots(1, 3)
-    _draw_epochs(disk_axis, mix)
-    most = int(max(found.documents_N.max() for found in rows.values()))
-    edges = np.arange(0, most + 1 + most // 40, 1 + most // 40) + 0.5
-    bins, width = context_bins(mix.seq_len), 0.85 / (len(rows) + 1)
-    mixed = np.zeros(len(bins))
-    for i, (name, found) in enumerate(rows.items()):
-        weights = np.full(len(found.pieces), 100 / len(found.pieces))
-        documents_axis.hist(found.documents_N, edges, weights=weights, histtype="stepfilled", alpha=0.5, color=f"C{i}", label=name)
-        shares = 100 * found.context_histogram(mix.seq_len)
-        mixed += mix.shares[name] * shares
-        label = f"{name}: {found.long_context(mix.seq_len):.0%} of tokens have >= {length(mix.seq_len // 2)} before them"
-        context_axis.bar(np.arange(len(bins)) + i * width, shares, width, color=f"C{i}", label=label)
-    bars = context_axis.bar(np.arange(len(bins)) + len(rows) * width, mixed, width, color="dimgrey", label="the mix")
-    context_axis.bar_label(bars, fmt="%.0f", fontsize="small")
-    documents_axis.xaxis.get_major_locator().set_params(integer=True)
-    documents_axis.set(xlabel="documents in a row", ylabel="% of a source's rows", title=f"Documents per row (segments: at most {mix.max_segments})")
-    context_axis.set(xlabel="longest piece of one document (tokens)", ylabel="% of a source's rows", title="Rows by longest piece")
-    context_axis.set(ylim=(0, 125 + 10 * len(rows)), yticks=range(0, 101, 20))  # room for the legend
-    context_axis.set_xticks(np.arange(len(bins)) + len(rows) * width / 2, [f"≤ {length(end)}" for end in bins])
-    for axis in (documents_axis, context_axis):
-        axis.legend(loc="upper right", fontsize="small")
-    lower.suptitle("The first rows of each source, in order: a document keeps its colour", fontsize="medium")
-    axes = lower.subplots(1, len(rows), sharex=True, squeeze=False)[0]
-    for i, (name, found) in enumerate(rows.items()):
-        _draw_rows(axes[i], found, PICTURE_ROWS // len(rows))
-        axes[i].set_title(name, color=f"C{i}")
-    title = f"{mix.name}: {quantity(mix.tokens)} tokens in {mix.tokens // mix.seq_len:,} rows of {mix.seq_len:,}"
-    figure.suptitle(title, parse_math=False)
-    path = Path(path)
+def plot(mix: Mix, rows: Mapping[str, Rows], path: Path) -> None:
+    """Writes `draw`'s figure as a PNG."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    draw(mix, rows).savefig(temporary, dpi=110, format="png")
     os.replace(temporary, path)
 
 
-def _draw_epochs(axis: Any, mix: Mix) -> None:
+def draw(mix: Mix, rows: Mapping[str, Rows]) -> Any:
+    """A Matplotlib figure: tokens to read against tokens on disk, documents per row, rows by longest piece, and some rows as bars of documents."""
+    import matplotlib.figure
+
+    colours = matplotlib.colormaps["tab10"].colors if len(rows) <= 10 else matplotlib.colormaps["turbo"](np.linspace(0, 1, len(rows)))
+    lines, heights = -(-len(rows) // 5), (max(4, 1 + 0.45 * len(rows)), max(6, 2 * -(-len(rows) // 5)))  # in inches
+    figure = matplotlib.figure.Figure(figsize=(16, sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    disk_axis, documents_axis, context_axis = upper.subplots(1, 3)
+    _draw_epochs(disk_axis, mix, colours)
+    most = int(max(found.documents_N.max() for found in rows.values()))
+    edges = np.arange(0, most + 1 + most // 40, 1 + most // 40) + 0.5
+    bins, width = context_bins(mix.seq_len), 0.85 / (len(rows) + 1)
+    for found, colour in zip(rows.values(), colours):
+        weights = np.full(len(found.pieces), 100 / len(found.pieces))
+        documents_axis.hist(found.documents_N, edges, weights=weights, histtype="stepfilled", alpha=0.5, color=colour)
+    handles = {}  # by hand: Matplotlib would drop names that begin with "_"
+    for i, (colour, (name, (*shares, long))) in enumerate(zip((*colours[: len(rows)], "dimgrey"), _contexts(mix, rows).items())):
+        handles[f"{name}: {long:.0f}%"] = bars = context_axis.bar(np.arange(len(bins)) + i * width, shares, width, color=colour)
+    context_axis.bar_label(bars, fmt="%.0f", fontsize="small")  # the mix's
+    documents_axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    documents_axis.set(xlabel="documents in a row", ylabel="% of a source's rows", title=f"Documents per row (segments: at most {mix.max_segments})")
+    context_axis.set(xlabel="longest piece of one document (tokens)", ylabel="% of a source's rows", title="Rows by longest piece", ylim=(0, 108))
+    context_axis.set_xticks(np.arange(len(bins)) + len(rows) * width / 2, [f"≤ {length(end)}" for end in bins])
+    upper.legend(handles.values(), handles, loc="outside right upper", fontsize="small", title=f"tokens {length(mix.seq_len // 2)}+\ninto a document")
+    lower.suptitle(f"Rows {ORDER}: a document keeps its colour", fontsize="medium")
+    for i, (name, found) in enumerate(rows.items()):
+        axis = lower.add_subplot(lines, min(len(rows), 5), i + 1)
+        _draw_rows(axis, found, max(1, PICTURE_ROWS // len(rows)), matplotlib.colormaps["tab20"].colors)
+        axis.set_title(name, color=colours[i], parse_math=False)
+    lower.supxlabel("token of the row (downwards: rows)", fontsize="medium")
+    figure.suptitle(f"{mix.name}: {quantity(mix.tokens)} tokens in rows of {mix.seq_len:,}", parse_math=False)
+    return figure
+
+
+def _draw_epochs(axis: Any, mix: Mix, colours: Sequence) -> None:
     """Each source's tokens to read (a diamond) beside a bar from 1 to MAX_EPOCHS times its tokens on disk."""
-    for i, (name, source) in enumerate(mix.sources.items()):
-        disk, wanted, once = tokens_on_disk(source), mix.tokens * mix.shares[name], i == 0
-        axis.plot((disk, MAX_EPOCHS * disk), (i, i), color="lightgrey", lw=14, solid_capstyle="butt", zorder=1)
-        axis.plot(disk, i, "|", color="black", ms=20, mew=2, label="tokens on disk" if once else None)
-        axis.plot(MAX_EPOCHS * disk, i, "|", color="red", ms=20, mew=2, label=f"{MAX_EPOCHS} epochs of them" if once else None)
-        axis.plot(wanted, i, "D", color=f"C{i}", label="tokens to read" if once else None)
-        colour = "red" if mix.epochs[name] > MAX_EPOCHS else "black"
-        axis.annotate(f"{mix.epochs[name]:.2f} epochs", (wanted, i), (0, 14), textcoords="offset points", ha="center", color=colour)
-    axis.set(xscale="log", xlabel="tokens", title="To read, against on disk", yticks=range(len(mix.sources)), yticklabels=list(mix.sources))
-    axis.set_ylim(len(mix.sources) - 0.4, -0.7)
-    axis.margins(x=0.2)
-    axis.legend(loc="lower center", ncols=3, fontsize="small", markerscale=0.5, handlelength=1)
+    count, disk = len(mix.sources), np.array([tokens_on_disk(source) for source in mix.sources.values()])
+    wanted, labels = [mix.tokens * mix.shares[name] for name in mix.sources], [f"{name}\n{mix.epochs[name]:.2f} epochs" for name in mix.sources]
+    axis.barh(range(count), (MAX_EPOCHS - 1) * disk, left=disk, height=0.4, color="lightgrey")
+    once = axis.scatter(disk, range(count), 200, "black", marker="|", linewidths=2)
+    most = axis.scatter(MAX_EPOCHS * disk, range(count), 200, "red", marker="|", linewidths=2)
+    read = axis.scatter(wanted, range(count), 40, colours[:count], marker="D", zorder=3)
+    axis.set_yticks(range(count), labels, parse_math=False)
+    for label, name in zip(axis.get_yticklabels(), mix.sources):
+        label.set_color("red" if mix.epochs[name] > MAX_EPOCHS else "black")
+    ends = min(*disk, *wanted) / 1.5, max(*(MAX_EPOCHS * disk), *wanted) * 1.5
+    bottom = count - 0.5 + min(1, 0.15 * count)  # room for the legend
+    axis.set(xscale="log", xlabel="tokens", title="To read, against on disk", xlim=ends, ylim=(bottom, -0.5))
+    axis.xaxis.get_major_locator().set_params(subs=(1, 2, 5) if ends[1] < 100 * ends[0] else (1,))
+    axis.xaxis.set_major_formatter(lambda tokens, _: quantity(tokens).replace(".00", ""))
+    axis.xaxis.set_minor_formatter("")
+    labels = ("on disk", f"{MAX_EPOCHS} epochs of it", "to read")
+    axis.legend((once, most, read), labels, loc="lower center", ncols=3, fontsize="small", markerscale=0.5, handlelength=1)
 
 
-def _draw_rows(axis: Any, rows: Rows, count: int) -> None:
+def _draw_rows(axis: Any, rows: Rows, count: int, colours: Sequence) -> None:
     """The first rows from above; a document keeps its colour from row to row."""
-    import matplotlib
-
-    colours, document = matplotlib.colormaps["tab20"].colors, 0
+    document, count = 0, min(count, len(rows.pieces))
     for number, (pieces, continued) in enumerate(zip(rows.pieces[:count], rows.continued)):
         first, document = document + (not continued), document + len(pieces) - continued
         ends = np.cumsum(pieces)
         fills = [colours[i % len(colours)] for i in range(first, first + len(pieces))]
         axis.barh(number, pieces, left=ends - pieces, height=0.8, color=fills, edgecolor="white", linewidth=0.4)
-    axis.set(xlabel="token of the row", ylabel="row", xlim=(0, pieces.sum()), ylim=(min(count, len(rows.pieces)) - 0.5, -0.5))
+    axis.set(xlim=(0, pieces.sum()), ylim=(count - 0.5, -0.5), yticks=range(0, count, 1 + count // 9))
+    axis.locator_params(axis="x", nbins=5)

@@ -2,8 +2,7 @@
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}      each can also be a list of messages (data/conversations.py), and the prompt be
     {"messages": [...], "chosen": "...", "rejected": "..."}    named `messages`
-    {"chosen": [...], "rejected": [...]}                       whole conversations, as in UltraFeedback-binarized: they count, not a `prompt`
-                                                               or `messages` beside them
+    {"chosen": [...], "rejected": [...]}                       whole conversations; a `prompt` beside them is their beginning or last question
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}      Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning
 
 Also the check of a file of either kind of data, which tools/check_finetuning_data.py shows.
@@ -17,8 +16,11 @@ import reprlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nanollama_jax.data.conversations import Conversation, Message, naming, parse_conversation, parse_messages, parse_tools, present, read_rows
+from nanollama_jax.data.conversations import Conversation, Message, naming, open_row, parse_conversation, parse_messages, present, read_rows, role_of
+from nanollama_jax.data.sources import matched_files
 from nanollama_jax.errors import BadInput
+
+_HUMAN = re.compile(r"\s*Human:")  # what a transcript begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +45,13 @@ def read_preferences(url: str, *, on_bad: Callable[[str, BadInput], None]) -> It
 def parse_preference(record: Any, where: str) -> Preference:
     """The pair in a row of any of the formats above. Raises `BadInput`, whatever `record` is, where it holds none."""
     with naming(where):
-        record = present(record, "the row")
+        record, system, tools = open_row(record)
         if "chosen" not in record and "rejected" not in record:
             raise BadInput(f"no preference, with keys {reprlib.repr(list(record))}: known are `prompt` or `messages` with `chosen` and `rejected`")
-        tools = parse_tools(record.get("tools"))
         with naming("`chosen`"):
-            chosen, chosen_tools = parse_messages(_turns(record, "chosen"), tools)
+            chosen, chosen_tools = parse_messages(_turns(record, "chosen"), system, tools)
         with naming("`rejected`"):
-            rejected, rejected_tools = parse_messages(_turns(record, "rejected"), tools)
+            rejected, rejected_tools = parse_messages(_turns(record, "rejected"), system, tools)
         if chosen == rejected:
             raise BadInput("`chosen` equals `rejected`: there is nothing to prefer, remove the row")
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
@@ -67,9 +68,8 @@ def parse_row(record: Any, where: str) -> Conversation | Preference:
     return parse_preference(record, where) if is_preference else parse_conversation(record, where)
 
 
-def check(url: str, on_bad: Callable[[str, BadInput], None]) -> dict[str, collections.Counter[str]]:
-    """Counts what each file of `url` holds: rows, those good and bad, and what is in the good ones. Bad rows go to `on_bad` too."""
-    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+def check(url: str, files: collections.defaultdict[str, collections.Counter[str]], on_bad: Callable[[str, BadInput], None]) -> None:
+    """Counts in `files` what each file of `url` holds, also where reading it raises `BadInput`; bad rows and empty files go to `on_bad`."""
 
     def file_of(where: str) -> collections.Counter[str]:
         return files[re.sub(r":\d+$", "", where)]
@@ -86,35 +86,49 @@ def check(url: str, on_bad: Callable[[str, BadInput], None]) -> dict[str, collec
         counts = {"rows": 1, "good": 1, "pairs": pair, "turns": len(messages), "characters": characters}
         counts |= {"with thoughts": any(message.thought for message in messages), "with tools": bool(row.tools), "with calls": bool(calls)}
         file_of(row.where).update({name: int(count) for name, count in counts.items()})
-    if not files:
-        raise BadInput(f"{url} has no rows: is it the right file?")
-    return files
+    for file in matched_files(url) or ([] if files else [url]):
+        if not files[file]["rows"]:
+            on_bad(file, BadInput(f"{file}: no rows: is it the right file?"))
 
 
-def kind_of_mistake(where: str, mistake: str) -> str:
-    """The words of a mistake without what differs from row to row: place, numbers and what is quoted from the data."""
-    return re.sub(r"\[.*?\]|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "...", mistake.removeprefix(f"{where}: "))
-
-
-def _turns(record: dict[str, Any], key: str) -> Any:
+def _turns(record: dict[str, Any], key: str) -> list[Any]:
     """The whole conversation that ends in the answer of `key`, written as a list of messages."""
     prompt, answer = record.get("prompt", record.get("messages")), record.get(key)
+    beginning = _beginning(prompt)
     if isinstance(answer, str) and answer.strip():
-        if answer.startswith("\n\nHuman:"):
-            return _transcript(answer)
-        if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-            return _transcript(prompt + answer)
-        answer = [{"role": "assistant", "content": answer}]
+        goes_on = isinstance(prompt, str) and _HUMAN.match(prompt) and not _HUMAN.match(answer)
+        answer = _written(f"Human:\n\nAssistant:{answer}", "assistant")[1:] if goes_on else _written(answer, "assistant")
     if not isinstance(answer, list) or not answer:
         raise BadInput("it is missing, empty, or neither a string nor a list of messages: fill it in, or remove the row")
-    first = present(answer[0], "message 1")
-    if first.get("role", first.get("from")) not in ("assistant", "gpt", "function_call"):
-        return answer
-    if prompt is None:
-        raise BadInput("there is no prompt to this answer: add `prompt` or `messages`")
-    return ([{"role": "user", "content": prompt}] if not isinstance(prompt, list) else prompt) + answer
+    said = _said(answer)
+    if said[0][0] == "assistant":
+        if prompt is None:
+            raise BadInput("there is no prompt to this answer: add `prompt` or `messages`")
+        return beginning + answer
+    given, asked = _said(beginning), [each for each in said if each[0] == "user"]
+    if prompt and given not in (said[: len(given)], asked[-1:]):
+        raise BadInput("the prompt is neither the beginning of the conversation nor its last user message: make it so, or remove it")
+    return answer
 
 
-def _transcript(text: str) -> list[dict[str, str]]:
-    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
+def _beginning(prompt: Any) -> list[Any]:
+    """A prompt as a list of messages; a transcript's without the "Assistant:" at its end."""
+    if not isinstance(prompt, str):
+        return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not _HUMAN.match(prompt) and re.search(r"\n\r?\n(Human|Assistant):", prompt):
+        raise BadInput("the prompt holds a transcript's turns but does not begin with `Human:`: cut what is before, or write it as messages")
+    return _written(re.sub(r"\n\r?\nAssistant:\s*$", "", prompt), "user")
+
+
+def _written(text: str, role: str) -> list[dict[str, str]]:
+    """A transcript's messages, or the one message of `role` that any other text is."""
+    if not _HUMAN.match(text):
+        return [{"role": role, "content": text}]
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.replace("\r\n", "\n").lstrip())[1:]
     return [{"role": speaker.lower(), "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])]
+
+
+def _said(turns: list[Any]) -> list[tuple[str | None, list[str]]]:
+    """The role and the words of each message, in either form."""
+    turns = [present(turn, f"message {number}") for number, turn in enumerate(turns, 1)]
+    return [(role_of(turn), text.split() if isinstance(text := turn.get("content", turn.get("value")), str) else []) for turn in turns]

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
-from nanollama_jax.data.filters import FILTERS
+from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, verify_shards, write_json
 from nanollama_jax.data.sources import batched, matched_files, read_documents, useful_ranks
@@ -44,7 +44,7 @@ class ReadSource(PipelineStep):
         self.url, self.keep, self.leave_out = url, keep, leave_out
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        keep = FILTERS[self.keep]
+        keep = filter_named(self.keep)
         left_out = load_left_out(self.leave_out, self.url) if self.leave_out else frozenset()
         for document in read_documents(self.url, rank, world_size):
             if document.id in left_out:
@@ -88,6 +88,8 @@ class WriteTokens(PipelineStep):
                 split = "validation" if hashed < self.validation_fraction * 2**64 else "train"
                 writers[split].write(np.array(ids, dtype).tobytes(), tokens=len(ids), text_bytes=len(text))
                 counts += (1, len(ids), len(text))
+                if counts[1] >= max_tokens:
+                    break
             report_progress(rank, counts.tolist())
             yield from documents
             if counts[1] >= max_tokens:
@@ -122,9 +124,10 @@ def prepare_source(
     `max_tokens` (0: all there is).
     `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one of decontaminate.POLICIES.
     Raises `BadInput` for bad text (what other ranks finished stays), for a source without documents or with an empty split, for Ctrl-C, and if
-    `out_dir` holds something else, or was made of another list of files.
+    `out_dir` was made with other settings, of another list of files, or of files that have been changed.
     """
-    out_dir, tokenizer, benchmarks = Path(out_dir), Tokenizer(tokenizer_path), dict(benchmarks or {})
+    out_dir, tokenizer = Path(out_dir), Tokenizer(tokenizer_path)
+    benchmarks = {benchmark: url for benchmark, url in (benchmarks or {}).items() if url}  # one without a URL is not searched for
     if not 0 <= validation_fraction < 1:
         raise BadInput(f"validation_fraction={validation_fraction} must be at least 0 and below 1")
     if tasks < 1:
@@ -132,8 +135,7 @@ def prepare_source(
     tasks = int(min(tasks, useful_ranks(url)))
     if contaminated not in decontaminate.POLICIES:
         raise BadInput(f"corpora.{name}.contaminated={contaminated!r}: choose one of {', '.join(decontaminate.POLICIES)}")
-    if keep not in FILTERS:
-        raise BadInput(f"corpora.{name}.keep={keep!r} is no filter: choose one of {', '.join(map(repr, FILTERS))}")
+    filter_named(keep)
     inputs = {"url": url, "tokenizer_sha256": tokenizer.sha256, "validation_fraction": validation_fraction, "max_tokens": max_tokens, "keep": keep}
     if leave_out:
         load_left_out(leave_out, url)  # a report that cannot be used is refused here
@@ -142,6 +144,7 @@ def prepare_source(
     if (files := matched_files(url)) is not None:
         # Documents are dealt by the files' order: with another list, what finished ranks hold would be read twice, or never.
         inputs["files"] = {"count": len(files), "sha256": hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()}
+        inputs["file_sizes"] = [os.path.getsize(file) for file in files]  # and by their lines: with one more or less it is the same
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
         _check_same_inputs(out_dir, manifest, inputs)
@@ -156,7 +159,8 @@ def prepare_source(
         except BlockingIOError as error:
             raise BadInput(f"{out_dir} is being prepared by another process: wait for it to end") from error
         layout = inputs | {"tasks": tasks, "shard_tokens": shard_tokens}
-        if (logs / "inputs.json").exists():
+        begun = any((logs / "completions").glob("*")) or (logs / "slurm_job").exists()  # until then a mistake in the command can be mended
+        if begun:
             _check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             write_json(logs / "inputs.json", layout)
@@ -169,6 +173,7 @@ def prepare_source(
 
         ranks = [json.loads((logs / "shards" / f"{rank:05d}.json").read_text()) for rank in range(tasks)]
         splits = {split: _totals([shard for rank in ranks for shard in rank[split]]) for split in SPLITS}
+        decontamination = _decontamination(out_dir, ranks, items, contaminated)
         if not any(split["documents"] for split in splits.values()):
             raise BadInput(f"source {name} has no documents: {url} holds no text" + (" that is kept" if keep or benchmarks else ""))
         for split, change in (("train", "lower"), ("validation", "raise")):
@@ -180,12 +185,17 @@ def prepare_source(
                 )
         manifest = {"name": name, "licence": licence, "dtype": _dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"left_out": _left_out(logs, tasks)}
-        manifest |= {"decontamination": _decontamination(out_dir, ranks, items, contaminated), "splits": splits}
-        verify_shards(out_dir, manifest)
+        manifest |= {"decontamination": decontamination, "splits": splits}
+        verify_shards(out_dir, manifest, checksums=begun)
         write_json(out_dir / MANIFEST, manifest)
         named = {path for split in SPLITS for path in split_shards(out_dir, manifest, split)}
-        for path in set(out_dir.glob("*.array_record*")) - named:  # what ranks that were killed left
-            path.unlink()
+        for path in {path for split in SPLITS for path in out_dir.glob(f"{split}-[0-9]*-[0-9]*.array_record*")} - named:
+            path.unlink()  # what ranks that were killed left
+        tokens = sum(splits[split]["tokens"] for split in SPLITS)
+        if tokens < max_tokens and any(sum(shard["tokens"] for split in SPLITS for shard in rank[split]) * tasks >= max_tokens for rank in ranks):
+            print(
+                f"{name}: {tokens:,} tokens of {max_tokens:,}: some ranks had less than their share; with a lower data.prepare_tasks there are more"
+            )
     return manifest
 
 
@@ -205,11 +215,15 @@ def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | N
     benchmarks = decontaminate.summary(decontaminate.load_index(items), hits)
     write_json(out_dir / CONTAMINATED, {"policy": policy, "benchmarks": benchmarks, "contaminated": hits})
     counts = {key: removed[key] for key in ("documents_dropped", "documents_cut", "characters_removed")}
-    return {"policy": policy, "benchmarks": benchmarks, **counts}
+    return {"policy": policy, "benchmarks": benchmarks, "benchmarks_sha256": hashlib.sha256(items.read_bytes()).hexdigest(), **counts}
 
 
 def _check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
+        if key == "file_sizes":
+            if old.get(key, value) != value:
+                raise BadInput(f"files of {new['url']} were changed since {out_dir} was begun: remove it and prepare it again")
+            continue
         if key == "files" and old.get(key, value) != value:
             raise BadInput(
                 f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "

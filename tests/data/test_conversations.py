@@ -14,6 +14,7 @@ from nanollama_jax.data.preference import parse_preference, parse_row
 from nanollama_jax.errors import BadInput
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "4"}
@@ -127,6 +128,42 @@ def test_sharegpt():
     assert messages(row)[1].tool_calls == (ToolCall("add", {"a": 2}),) * 2
 
 
+def test_what_stands_beside_a_value_is_kept():
+    human, gpt = SHAREGPT["conversations"]
+    assert messages({"conversations": [human, gpt | {"reasoning_content": "So."}]})[1] == Message("assistant", "4", "So.")
+    calls = CALLED["tool_calls"]
+    for value, thought in (("", {}), ("I add.", {"thought": "So."}), (None, {"thought": "So."})):
+        said = Message("assistant", value or "", thought.get("thought", ""), (ToolCall("add", {"a": 2}),))
+        turn = {"from": "gpt", "value": value, "tool_calls": calls} | thought
+        assert messages({"conversations": [human, turn], "tools": [ADD]})[1] == said
+    text = '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>'
+    assert messages({"conversations": [human, gpt | {"value": text, "thought": "So."}], "tools": [ADD]})[1].thought == "So."
+    both = {"conversations": [human, gpt | {"value": text, "tool_calls": calls}], "tools": [ADD]}
+    assert "message 2: tool calls stand both in `value` and in `tool_calls`: keep one" in mistake(both)
+
+
+def test_a_system_prompt_beside_the_messages():
+    for row in (chat(USER, ANSWER), SHAREGPT, {"question": "2 + 2?", "answer": "4"}, {"query": "2 + 2?", "response": "4"}):
+        assert messages(row | {"system": "Be brief."}) == messages(chat(SYSTEM, USER, ANSWER))
+        assert messages(row | {"system": ""}) == messages(chat(USER, ANSWER))
+    assert "`system` stands beside a first message of role system: keep one" in mistake(chat(SYSTEM, USER, ANSWER, system="Be brief."))
+    assert messages(HERMES | {"system": "Be brief."})[0] == Message("system", "Be brief."), "Hermes's own prompt is none"
+
+
+def test_text_around_hermes_tools_is_kept_but_for_its_own_prompt():
+    prompt = HERMES["conversations"][0]["value"]
+    for text, kept in (
+        (f"Be brief.\n{prompt}Be kind.", "Be brief.\n\nBe kind."),
+        (f"Be brief. <tools>[{json.dumps(ADD)}]</tools>", "Be brief."),
+    ):
+        found = parse_conversation(changed(HERMES, text, "conversations", 0, "value"), "x:1")
+        assert (found.messages[0], found.tools) == (Message("system", kept), (ADD,))
+
+
+def test_a_weight_of_one_and_weights_of_what_is_not_learnt():
+    assert messages(chat(USER | {"weight": 0}, ANSWER | {"weight": 1.0, "refusal": None})) == messages(chat(USER, ANSWER))
+
+
 def test_hermes_tools_calls_and_responses():
     calls = ToolCall("add", {"a": 2, "exact": True, "unit": None}), ToolCall("add", {"a": "it's"})
     results = Message("tool", '{"name": "add", "content": 4}'), Message("tool", "5")
@@ -213,6 +250,19 @@ def test_special_tokens_in_text_are_data():
         (TOOL_USE | {"tools": [{"function": "add"}]}, "tool 1: `function` is of type str, not an object"),
         (TOOL_USE | {"tools": [ADD, {"parameters": {}}]}, "tool 2: `name` is missing, not a string"),
         (TOOL_USE | {"tools": [ADD | {"parameters": "a: number"}]}, "tool 1: `parameters` is of type str, not an object"),
+        (TOOL_USE | {"tools": 0}, "`tools` is of type int, not a list"),
+        (TOOL_USE | {"tools": False}, "`tools` is of type bool, not a list"),
+        (chat(USER, ANSWER, system=7), "`system` is of type int, not a string"),
+        (chat(USER, ANSWER, functions=[ADD]), "`functions` is not read, and would change what is learnt: write it as `tools`, or remove it"),
+        (chat(USER, ANSWER, thoughts="Hm."), "`thoughts` is not read, and would change what is learnt: write it as `thought`"),
+        ({"question": "2 + 2?", "rationale": "Hm.", "answer": "4"}, "`rationale` is not read"),
+        ({"question": "2 + 2?", "reasoning": "Hm.", "answer": "4"}, "`reasoning` is not read"),
+        (chat(USER, ANSWER | {"function_call": {"name": "add"}}), "message 2: `function_call` is not read, and would change what is learnt: write"),
+        (chat(USER, ANSWER | {"refusal": "No."}), "message 2: `refusal` is not read, and would change what is learnt: write it as `content`"),
+        (chat(USER, ANSWER | {"thinking": "Hm."}), "message 2: `thinking` is not read"),
+        (changed(SHAREGPT, "Hm.", "conversations", 1, "reasoning"), "message 2: `reasoning` is not read"),
+        (chat(USER, ANSWER | {"weight": 0}), "message 2: `weight` is 0, where every answer counts 1"),
+        (changed(SHAREGPT, 0.5, "conversations", 1, "weight"), "message 2: `weight` is 0.5, where every answer counts 1"),
         (TOOL_USE | {"tools": [ADD, ADD]}, "tool 2: another is named 'add': rename one"),
     ],
 )

@@ -20,7 +20,8 @@ SHORT = "Which planet of our system has the most moons?"  # nine words
 
 
 def item(*passages: str, where: str = "b:1") -> Item:
-    return Item("b", where, tuple(" ".join(normalise(passage).decode().split()) for passage in passages))
+    words = tuple(" ".join(normalise(passage).decode().split()) for passage in passages)
+    return Item("b", where, words[:1], words[1:])
 
 
 def found(text: str, *items: Item) -> list[tuple[str, str]]:
@@ -32,7 +33,8 @@ def found(text: str, *items: Item) -> list[tuple[str, str]]:
     [
         ("Hello, World!", "hello world"),
         ("don't  DON\u2019T", "dont dont"),
-        ("a\u2014b \u201cc\u201d \ufb01ne", "a b c \ufb01ne"),
+        ("a\u2014b \u201cc\u201d \ufb01ne", "a b c fine"),
+        ("e\ufb03\u00adcient wo\u200brds \ufeffof PDF", "efficient words of pdf"),
         ("snake_case x=3.14", "snake case x 3 14"),
         ("\u00c9t\u00e9 \u6f22\u5b57\u3002\u305d\u3046", "\u00e9t\u00e9 \u6f22\u5b57 \u305d\u3046"),
         (" \n\t", ""),
@@ -62,12 +64,12 @@ def test_a_short_question_is_found_whole_only_and_shorter_ones_or_answers_never(
     assert not found("Which planet has the most moons?", item("Which planet has the most moons?"))
     assert not found(SHORT, item("An unrelated question of eight or more words, surely?", SHORT))  # an answer of nine words
     assert found(QUESTION, item("Short?", QUESTION))
-    assert Index([item(SHORT), item("Too short."), item("Too short.", QUESTION)]).too_short == 1
+    assert Index([item(SHORT), item("Too short."), item("Too short.", QUESTION)]).too_short == 2
 
 
 def test_a_run_of_short_words_is_code_or_arithmetic_and_no_evidence_unless_it_is_the_whole_item():
     code = "for (i = 0; i < n; i++) { for (j = 0; j < n; j++) { a[i][j] = 0"
-    assert not found(code, item(f"Improve this program: {code}; }} }}"))
+    assert not found(code, item(f"Improve this program, which is too slow for me: {code}; }} }}"))
     assert found(code, item(code))
     assert found(
         f"What is {code}? Improve this program, which somebody without experience wrote",
@@ -91,10 +93,10 @@ def slow_find(text: str, items: list[Item]) -> set[str]:
     """The rule, word by word."""
     words, named = normalise(text).decode().split(), set()
     for one in items:
-        for rank, passage in enumerate(one.passages):
+        for passage in (*one.questions, *one.answers):
             sought = passage.split()
             size = 13 if len(sought) >= 13 else len(sought)
-            if size < 13 and (rank > 0 or size < 8):
+            if size < 13 and (passage not in one.questions or size < 8):
                 continue
             grams = {tuple(sought[i : i + size]) for i in range(len(sought) - size + 1)}
             for first in range(len(words) - size + 1):
@@ -102,7 +104,7 @@ def slow_find(text: str, items: list[Item]) -> set[str]:
                 while tuple(words[last : last + size]) in grams:
                     last += 1
                 if last > first and (
-                    last - 1 + size - first == len(sought)
+                    last - 1 + size - first >= 0.8 * len(sought)
                     or len("".join(words[first : last - 1 + size]).encode()) >= min(120, 3 * (last - 1 + size - first))
                 ):
                     named.add(one.where)
@@ -116,9 +118,24 @@ def test_agrees_with_a_search_word_by_word(data):
     phrase = st.lists(word, max_size=30).map(" ".join)
     items = [item(*data.draw(st.lists(phrase, min_size=1, max_size=3)), where=str(i)) for i in range(data.draw(st.integers(0, 4)))]
     texts = data.draw(st.lists(phrase, min_size=1, max_size=4))
-    pieces = [one.passages[0] for one in items]
+    pieces = [one.questions[0] for one in items]
     texts += [f"{data.draw(phrase)} {piece} {data.draw(phrase)}" for piece in pieces]
     assert [{hit.item for hit in hits} for hits in Index(items).find(texts)] == [slow_find(text, items) for text in texts]
+
+
+def test_every_turn_is_a_question(tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps({"turns": [QUESTION, SHORT]}) + "\n")
+    index = Index(decontaminate.read_benchmarks({"mt_bench": f"file://{tmp_path}/b.jsonl"}))
+    assert index.find([SHORT])[0] and index.too_short == 0
+    (tmp_path / "c.jsonl").write_text(json.dumps({"turns": QUESTION}) + "\n")
+    with pytest.raises(BadInput, match="not a record of mt_bench"):
+        decontaminate.read_benchmarks({"mt_bench": f"file://{tmp_path}/c.jsonl"})
+
+
+def test_a_document_that_is_a_benchmark_is_searched_in_time():
+    items = [item(f"question {i} " + " ".join(f"word{i}x{j}" for j in range(60)), where=str(i)) for i in range(2000)]
+    (hits,) = Index(items).find([" ".join(one.questions[0] for one in items)])
+    assert [int(hit.item) for hit in hits] == list(range(2000))
 
 
 def test_drop_and_cut():
@@ -198,12 +215,12 @@ def test_200_items_planted_in_real_documents_are_all_found_and_2000_clean_ones_a
     generator.shuffle(texts)
     clean, hosts = texts[:2000], texts[2000:2200]
     assert len(hosts) == 200
-    by_length = [one for one in items if len(one.passages[0].split()) >= 13]
-    changed = generator.sample([one for one in by_length if len(one.passages[0].split()) >= 40], 100)
+    by_length = [one for one in items if len(one.questions[0].split()) >= 13]
+    changed = generator.sample([one for one in by_length if len(one.questions[0].split()) >= 40], 100)
     whole = generator.sample([one for one in by_length if one not in changed], 100)
     planted = []
     for number, (one, host) in enumerate(zip(changed + whole, hosts)):
-        words = one.passages[0].split()
+        words = one.questions[0].split()
         if number < 100:
             words[generator.randrange(len(words))] = "changed"
         at = host.find(" ", len(host) // 2)

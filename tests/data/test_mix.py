@@ -178,9 +178,8 @@ def runs(corpora, tmp_path_factory):
     out = tmp_path_factory.mktemp("pictures")
     where = [f"--config.data.dir={corpora[0]}", f"--config.tokenizer.path={corpora[0]}/tokenizer.model"]
     arguments = {
-        "phase": ["--config=configs/phase2_16k.py:nano", *where, "--rows=20", f"--out={out}/phase/mix.png"],
-        "curriculum": ["--config=configs/curriculum.py:nano", *where, "--rows=3"],
-        "no such stage": ["--config=configs/curriculum.py:nano", *where, "--stage=phase4"],
+        "curriculum": ["--config=configs/curriculum.py:nano", *where, "--rows=3", f"--out={out}/mix.png"],
+        "no such folder": ["--config=configs/curriculum.py:nano", "--config.tokenizer.path=none", f"--out={out}/none/mix.png"],
     }
     command = [sys.executable, str(ROOT / "tools/inspect_data.py")]
     started = {
@@ -191,19 +190,63 @@ def runs(corpora, tmp_path_factory):
     return {name: subprocess.CompletedProcess(arguments[name], started[name].returncode, *texts[name]) for name in started}, out
 
 
-def test_the_tool_shows_a_phase(corpora, runs):
-    done, out = runs[0]["phase"], runs[1]
-    assert done.returncode == 0, done.stderr
+def reported(corpora, width):
+    """What is printed of a phase in a terminal of `width` columns."""
+    tokenizer, console = corpora[1], Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    opened = mix.open_mix(stage_config(corpora), tokenizer)
+    rows = {name: mix.read_rows(opened, name, tokenizer, 20, Console(file=io.StringIO())) for name in opened.sources}
+    mix_report.report(opened, rows, tokenizer, console)
+    return console.file.getvalue(), rows
+
+
+@pytest.mark.parametrize("width", [60, 150])
+def test_a_phase_is_reported(corpora, width):
+    shown, rows = reported(corpora, width)
     on_disk = {name: sum(len(ids) + 2 for ids in corpora[2][name]) for name in ("docs", "code")}
     for name, tokens in on_disk.items():
-        cells = [f"{len(corpora[2][name]):,}", f"{tokens / 1000:.2f}K", "28.67K", f"{28_672 / tokens:.2f}"]
-        assert re.search(rf"│ {name} +│ 50.0% │ +" + " │ +".join(map(re.escape, cells)), done.stdout), done.stdout
+        cells = [name, "50.0%", f"{len(corpora[2][name]):,}", f"{tokens / 1000:.2f}K", "28.67K", f"{28_672 / tokens:.2f}"]
+        assert re.search(" +".join(map(re.escape, cells)), shown), shown
+        cells = [name, str(len(rows[name].pieces)), f"{rows[name].learnt:.2%}", f"{rows[name].begun:,}"]
+        assert re.search(" +".join(map(re.escape, cells)), shown), shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) < 200 and "fill: 100% of every row" in shown
     assert 28_672 / on_disk["docs"] > 4 > 28_672 / on_disk["code"]
-    assert re.findall(r"^warning: (\w+) is read", done.stdout, re.M) == ["docs"]
+    assert re.findall(r"^warning: (\w+) is read", shown, re.M) == ["docs"]
     removed = "2 documents dropped, 4 cut by 1,234 characters; found: mmlu 3 of 14,042 items"
-    assert f"docs: decontaminated of 2 benchmarks: {removed}\n" in done.stdout and "code: not decontaminated\n" in done.stdout
-    assert "<BOS>" in done.stdout and max(map(len, done.stdout.splitlines())) < 200 and "\x1b" not in done.stdout
-    assert (out / "phase/mix.png").read_bytes().startswith(b"\x89PNG")
+    assert f"docs: decontaminated of 2 benchmarks: {removed}\n" in shown and "code: not decontaminated\n" in shown
+    assert "<BOS>" in shown and "from the beginning of each source's order" in " ".join(shown.split()) and "\x1b" not in shown
+
+
+def test_figures_are_whole_and_names_fold_in_60_columns():
+    console = Console(file=io.StringIO(), width=60)
+    mix_report._print_table(console, "t", ("documents", "tokens", *"abcd"), [("a_long_source_name", "12,345,678", *["99.99M"] * 5)])
+    shown = console.file.getvalue()
+    assert "…" not in shown and "12,345,678" in shown and shown.count("99.99M") == 5 and max(map(len, shown.splitlines())) <= 60
+    assert "a_long_source_name" in "".join(line[:6].strip() for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 33])
+def test_pictures_hold_any_number_of_sources(count, tmp_path):
+    names = ["_code", *(f"s{i}" for i in range(1, count))]
+    sources, shares = {name: source_with(10**7 * (1 + i), 10) for i, name in enumerate(names)}, dict.fromkeys(names, 1 / count)
+    opened = mix.Mix("phase", sources, shares, 10**8, mix.epochs(sources, shares, 10**8), 8, 2, 0)
+    rows = {name: mix.Rows([np.array([8])] * 3, [False] * 3, 1.0, 0, 3, 0, {}) for name in names}
+    figure = mix_report.draw(opened, rows)
+    figure.canvas.draw()
+    upper, lower = figure.subfigs
+    disk_axis, documents_axis, _ = upper.axes
+    assert [text.get_text().split(":")[0] for text in upper.legends[0].get_texts()] == [*names, "the mix"]
+    assert all(tick.get_text().isdecimal() for tick in documents_axis.get_xticklabels())
+    labels = [tick.get_text() for tick in disk_axis.get_xticklabels()]
+    assert {"10M", "100M"} <= set(labels) and not any(tick.get_text() for tick in disk_axis.get_xticklabels(minor=True))
+    assert [axis.get_title() for axis in lower.axes] == names
+    assert {tick.get_text() for axis in lower.axes for tick in axis.get_yticklabels()} <= set("012")
+    bars, legend = [bar.get_window_extent() for bar in disk_axis.patches], disk_axis.get_legend().get_window_extent()
+    assert not any(bar.overlaps(legend) for bar in bars)
+
+
+def test_epochs_of_all_stages_are_added():
+    mixes = [types.SimpleNamespace(epochs=epochs) for epochs in ({"a": 1.5, "b": 0.25}, {"b": 1.0, "c": 2.0})]
+    assert mix.epochs_of_all(mixes) == {"a": 1.5, "b": 1.25, "c": 2.0} and mix.epochs_of_all([]) == {}
 
 
 def test_the_tool_adds_up_a_curriculum(corpora, runs):
@@ -213,12 +256,16 @@ def test_the_tool_adds_up_a_curriculum(corpora, runs):
     docs = 2048 * (400 * 0.6 + 22 * 0.5 + 28 * 0.5 + 50 * 0.4) / sum(len(ids) + 2 for ids in corpora[2]["docs"])
     assert f"docs {docs:.2f} epochs" in done.stdout and f"warning: docs is read {docs:.2f} times in all stages together" in done.stdout
     assert re.findall(r"^(\w+): reading", done.stdout, re.M) == ["phase1"] * 3 + ["phase2_8k"] * 2 + ["phase2_16k"] * 2 + ["phase3"] * 3
+    pictures = {path.name: path.read_bytes() for path in runs[1].iterdir()}
+    assert set(pictures) == {f"mix_{stage}.png" for stage in ("phase1", "phase2_8k", "phase2_16k", "phase3")}
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
 
 
 def test_bad_input_ends_in_one_line(corpora, runs, tmp_path):
-    done = runs[0]["no such stage"]
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: --stage=phase4: this config has phase1, phase2_8k, phase2_16k, phase3\n"
+    done = runs[0]["no such folder"]
+    assert (
+        done.returncode == 2 and done.stdout == "" and f"there is no folder {runs[1]}/none; make it" in done.stderr and done.stderr.count("\n") == 1
+    )
     for overrides, message in (
         ({"data": {"dir": str(tmp_path)}}, "is not prepared"),
         ({"data": {"sources": {"docs": 0.0}}}, "must be above 0"),

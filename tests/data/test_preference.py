@@ -1,3 +1,4 @@
+import collections
 import json
 import re
 import subprocess
@@ -6,10 +7,11 @@ import sys
 import pytest
 
 from nanollama_jax.data.conversations import Conversation, Message
-from nanollama_jax.data.preference import Preference, check, kind_of_mistake, parse_preference, parse_row, read_preferences
+from nanollama_jax.data.preference import Preference, check, parse_preference, parse_row, read_preferences
 from nanollama_jax.errors import BadInput
 from tests.conftest import ROOT
-from tests.data.test_conversations import ADD, ANSWER, CALLED, RESULT, TOOL_USE, USER, mistake
+from tests.data.test_conversations import ADD, ANSWER, CALLED, RESULT, SYSTEM, TOOL_USE, USER, mistake
+from tools.check_finetuning_data import kind_of_mistake
 
 WRONG = {"role": "assistant", "content": "5"}
 PAIR = Preference("x:1", (Message("user", "2 + 2?"),), (Message("assistant", "4"),), (Message("assistant", "5"),))
@@ -31,6 +33,15 @@ HH = {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 +
         HH,
         {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"},
         {"prompt": "2 + 2?", "messages": None, **HH},
+        # transcripts as copies of hh-rlhf write them
+        {key: text.lstrip() for key, text in HH.items()},
+        {key: text.replace("\n", "\r\n") for key, text in HH.items()},
+        {"prompt": "Human: 2 + 2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"},
+        {"prompt": "Human: 2 + 2?\r\n\r\nAssistant: ", "chosen": "4", "rejected": [WRONG]},
+        {"prompt": "\n\nHuman: 2 + 2?", "chosen": [ANSWER], "rejected": [WRONG]},
+        {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", **HH},
+        {"prompt": [{"from": "human", "value": "2 + 2? "}], "chosen": [USER, ANSWER], "rejected": [USER, WRONG]},
+        {"prompt": "", "chosen": [USER, ANSWER], "rejected": [USER, WRONG]},
     ],
 )
 def test_every_format_gives_the_same_pair(record):
@@ -46,6 +57,29 @@ def test_the_prompt_is_all_that_they_begin_with_alike():
     found = parse_preference({"chosen": HH["chosen"] + "\n\nHuman: Sure?\n\nAssistant: Yes.", "rejected": HH["rejected"]}, "x:1")
     assert found.prompt == PAIR.prompt and found.rejected == PAIR.rejected
     assert found.chosen == (Message("assistant", "4"), Message("user", "Sure?"), Message("assistant", "Yes."))
+
+
+def test_a_prompt_beside_whole_conversations_is_their_beginning_or_their_last_question():
+    turns = [SYSTEM, USER, ANSWER, USER | {"content": "Sure?"}]
+    lists = {"chosen": [*turns, ANSWER], "rejected": [*turns, WRONG]}
+    for prompt in (turns, turns[:2], turns[:1], "Sure?", [turns[-1]]):
+        assert parse_preference({"prompt": prompt, **lists}, "x:1") == parse_preference(lists, "x:1")
+    for prompt in ("OTHER", "2 + 2?", turns[1:], [SYSTEM, turns[-1]], [SYSTEM | {"content": "Be long."}, USER], 4, [*turns, ANSWER]):
+        said = mistake({"prompt": prompt, **lists}, parse_preference)
+        assert "`: the prompt is neither the beginning of the conversation nor its last user message: make it so, or remove it" in said
+    for contradiction in ({"prompt": "OTHER"}, {"messages": [SYSTEM, USER]}):
+        assert "`chosen`: the prompt is neither the beginning" in mistake(contradiction | HH, parse_preference)
+
+
+def test_a_system_prompt_beside_a_pair():
+    assert parse_preference(TEXTS | {"system": "Be brief."}, "x:1").prompt == (Message("system", "Be brief."), *PAIR.prompt)
+    assert "`chosen`: `system` stands beside" in mistake(TEXTS | {"prompt": [SYSTEM, USER], "system": "Be brief."}, parse_preference)
+
+
+def test_a_transcript_goes_on_in_the_answer():
+    answers = {key: HH[key].partition("Assistant:")[2] + "\n\nHuman: Sure?\n\nAssistant: Yes." for key in HH}
+    found = parse_preference({"prompt": "Human: 2 + 2?\n\nAssistant:", **answers}, "x:1")
+    assert found.prompt == PAIR.prompt and found.chosen == (Message("assistant", "4"), Message("user", "Sure?"), Message("assistant", "Yes."))
 
 
 def test_thoughts_and_tool_calls():
@@ -90,6 +124,10 @@ def test_a_row_is_told_by_its_keys():
         ({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": HH["rejected"]}, "`chosen`: message 2: user after user"),
         (TEXTS | {"chosen": [CALLED]}, "`chosen`: message 2: a tool call of 'add', which is not among the tools []"),
         (TEXTS | {"tools": "add"}, "`tools` is not JSON"),
+        (TEXTS | {"functions": [ADD]}, "`functions` is not read, and would change what is learnt: write it as `tools`"),
+        (TEXTS | {"chosen": [ANSWER | {"weight": 0}]}, "`chosen`: message 2: `weight` is 0, where every answer counts 1"),
+        (TEXTS | {"prompt": "Be kind.\n\nHuman: a"}, "`chosen`: the prompt holds a transcript's turns but does not begin with `Human:`"),
+        (TEXTS | {"prompt": "a\r\n\r\nAssistant:"}, "`chosen`: the prompt holds a transcript's turns but does not begin with `Human:`"),
     ],
 )
 def test_every_mistake_is_one_line_that_names_the_place(record, says):
@@ -129,19 +167,24 @@ def run_tool(*arguments, expect):
     return result
 
 
+def in_words(table: str) -> str:
+    return " ".join(table.replace("│", " ").split())
+
+
 def test_the_tool_on_good_rows_and_bad(tmp_path):
     (tmp_path / "chats.jsonl").write_text(json.dumps(TOOL_USE) + "\n" + json.dumps({"question": "a", "thought": "b", "answer": "c"}) + "\n")
     (tmp_path / "pairs.jsonl").write_text(json.dumps(TEXTS) + "\n" + json.dumps(TEXTS | {"rejected": "4"}) + "\n")
     (tmp_path / "[b]ad.jsonl").write_text("{\n" * 30 + json.dumps({"messages": [{"role": "\u2028[red]", "content": "a"}]}))
     shown = run_tool(f"file://{tmp_path}/chats.jsonl", expect=0).stdout
     # file, rows, good, bad, pairs, turns, with thoughts, with tools, with calls, characters
-    assert f"{tmp_path}/chats.jsonl 2 2 0 0 6 1 1 1 19" in " ".join(shown.replace("│", " ").split())
+    assert f"{tmp_path}/chats.jsonl 2 2 0 0 6 1 1 1 19" in in_words(shown)
     result = run_tool(f"file://{tmp_path}/chats.jsonl", f"file://{tmp_path}/pairs.jsonl", f"file://{tmp_path}/[[]b]ad.jsonl", expect=2)
-    shown = " ".join(result.stdout.replace("│", " ").split())
+    shown = in_words(result.stdout)
     assert f"{tmp_path}/pairs.jsonl 2 1 1 1 3 0 0 0 8" in shown and f"{tmp_path}/[b]ad.jsonl 31 0 31 0 0" in shown
     lines = result.stdout.splitlines()
     assert f"{tmp_path}/pairs.jsonl:2: `chosen` equals `rejected`: there is nothing to prefer, remove the row" in lines
-    assert sum(line.startswith(f"{tmp_path}/") for line in lines) == 20 and "and 12 more; all 32 bad rows by reason:" in lines
+    assert sum(line.startswith(f"{tmp_path}/") for line in lines) == 32, "each bad row is shown"
+    assert lines.index(f"{tmp_path}/[b]ad.jsonl:31: " + lines[31].partition(": ")[2]) == 31, "as it comes, before the table"
     assert any(re.fullmatch(r" +30  malformed JSON: .* at column \.\.\.", line) for line in lines)
     assert any(line.startswith("        1  message ...: unknown role ...: known are") for line in lines)
 
@@ -149,19 +192,36 @@ def test_the_tool_on_good_rows_and_bad(tmp_path):
 def test_the_tool_stops_at_the_first_bad_row_when_strict(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(TEXTS) + "\n" + json.dumps(TEXTS | {"rejected": "4"}) + "\n{\n")
     result = run_tool(f"file://{tmp_path}/a.jsonl", "--strict", expect=2)
-    assert (
-        result.stdout == ""
-        and result.stderr == f"error: {tmp_path}/a.jsonl:2: `chosen` equals `rejected`: there is nothing to prefer, remove the row\n"
-    )
+    assert result.stderr == f"error: {tmp_path}/a.jsonl:2: `chosen` equals `rejected`: there is nothing to prefer, remove the row\n"
+    assert f"{tmp_path}/a.jsonl 2 1 1 1 3" in in_words(result.stdout)
 
 
 def test_the_tool_s_help_and_a_source_that_cannot_be_read(tmp_path):
     assert "python tools/check_finetuning_data.py file://" in run_tool("--help", expect=0).stdout
     for url, says in (("chats.jsonl", "begin it with one of"), (f"file://{tmp_path}/absent.jsonl", "no file matches")):
         assert says in run_tool(url, expect=2).stderr
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(BadInput, match="has no rows"):
-        check(f"file://{tmp_path}/empty.jsonl", lambda where, error: None)
+    (tmp_path / "a.jsonl").write_text(json.dumps(TEXTS) + "\n{\n")
+    result = run_tool(f"file://{tmp_path}/a.jsonl", f"file://{tmp_path}/absent.jsonl", expect=2)
+    assert result.stdout.startswith(f"{tmp_path}/a.jsonl:2: malformed JSON: ") and f"{tmp_path}/a.jsonl 2 1 1 1 3" in in_words(result.stdout)
+    assert result.stderr == f"error: no file matches file://{tmp_path}/absent.jsonl: check the path\n"
+
+
+def test_what_was_read_before_a_damaged_file_is_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(TEXTS) + "\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip")
+    files = collections.defaultdict(collections.Counter)
+    with pytest.raises(BadInput, match="b.jsonl.gz cannot be read"):
+        check(f"file://{tmp_path}/*", files, lambda where, error: pytest.fail(str(error)))
+    assert files[f"{tmp_path}/a.jsonl"]["good"] == 1
+
+
+def test_an_empty_file_is_a_mistake_also_among_others(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(TEXTS) + "\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name in ("*", "empty"):
+        result = run_tool(f"file://{tmp_path}/{name}.jsonl", expect=2)
+        assert result.stdout.splitlines()[0] == f"{tmp_path}/empty.jsonl: no rows: is it the right file?" and not result.stderr
+        assert f"{tmp_path}/empty.jsonl 0 0 0 0 0" in in_words(result.stdout)
 
 
 def test_the_room_does_not_import_jax():

@@ -129,8 +129,9 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
 
 @pytest.mark.parametrize("changes", [dict(validation_fraction=0.2), dict(tasks=4), dict(shard_tokens=30_000)])
 def test_an_unfinished_directory_of_other_settings_is_refused(corpus, model, prepared, tmp_path, changes):
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/completions").mkdir(parents=True)
     (tmp_path / "logs/inputs.json").write_bytes((prepared / "logs/inputs.json").read_bytes())
+    (tmp_path / "logs/completions/00001").touch()
     with pytest.raises(BadInput, match=rf"prepared with {next(iter(changes))}=.*: remove it, or choose another data\.dir"):
         run(corpus, model, tmp_path, **changes)
 
@@ -170,10 +171,13 @@ def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_pat
         patch.setattr(executor.PoolExecutor, "run", interrupt)
         with pytest.raises(BadInput, match="^stopped; run the same command to go on$"):
             run(tmp_path / "*.jsonl", model, tmp_path / "out")
+    (tmp_path / "out/logs/completions").mkdir()
+    (tmp_path / "out/logs/completions/00001").touch()
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
     with pytest.raises(BadInput, match=r"another list of files than .* now matches \(2 then, 2 now\): remove"):
         run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "c.jsonl").rename(tmp_path / "b.jsonl")
+    (tmp_path / "out/logs/completions/00001").unlink()
     run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(BadInput, match=r"\(2 then, 1 now\)"):
@@ -213,6 +217,27 @@ def test_an_exception_that_cannot_be_pickled_is_not_a_killed_worker():
 
     with pytest.raises(RuntimeError, match=r"TakesTwo\('what went wrong'\)"):
         executor._run_rank(Executor(), 0)
+
+
+def test_a_source_that_was_changed_is_refused_once_a_rank_has_read_it(corpus, model, tmp_path):
+    lines = corpus.read_text().splitlines(keepends=True)
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join([*lines[:40], "no JSON\n", *lines[40:80]]))
+    with pytest.raises(BadInput, match=r"texts\.jsonl:41: malformed JSON"):
+        run(source, model, tmp_path / "out", tasks=4, executor=Executor(workers=1))  # its line is the first rank's
+    source.write_text("".join(lines[:80]))
+    manifest = run(source, model, tmp_path / "out", tasks=4)  # nothing was done yet
+    assert sum(manifest["splits"][split]["documents"] for split in prepare.SPLITS) == 80
+    source.write_text("".join(lines[:81]))
+    with pytest.raises(BadInput, match=r"files of file://.*texts\.jsonl were changed since .*out was begun: remove it"):
+        run(source, model, tmp_path / "out", tasks=4)
+
+
+def test_a_users_own_files_in_the_folder_stay(corpus, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.array_record").write_text("mine")
+    run(corpus, model, tmp_path / "out")
+    assert (tmp_path / "out/mine.array_record").read_text() == "mine"
 
 
 def test_cores_without_affinity(monkeypatch):

@@ -118,7 +118,7 @@ def test_documents_without_visible_text_are_passed_over(tmp_path):
         (b'{"text": "cut o', "a.jsonl:2: malformed JSON: .* at column 10"),
         (b'{"n": ' + b"1" * 5000 + b"}", "a.jsonl:2: the line cannot be read: .*4300"),
         (b'{"n": ' + b"[" * 100_000, "a.jsonl:2: the line cannot be read: .*recursion"),
-        (b'["text"]', "a.jsonl:2: .*not a list"),
+        (b'["text"]', "a.jsonl:2: a line must hold a JSON object, not a list"),
         (b'{"title": "t", "body": "b"}', "a.jsonl:2: no field 'text': choose one of title, body"),
         (b'{"text": null}', "a.jsonl:2: .*NoneType"),
         (b'{"text": ["a"]}', "a.jsonl:2: .*list"),
