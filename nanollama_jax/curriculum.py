@@ -3,6 +3,7 @@
 The tokenizer and the corpora come first, so that one command goes from raw text to the last checkpoint. A gate that says stop ends the run.
 """
 
+import collections
 import json
 import pathlib
 
@@ -11,9 +12,11 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
+from nanollama_jax.data import mix, pipeline
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train.loop import train
 from nanollama_jax.train.settle import settle
@@ -57,6 +60,9 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
         raise BadInput(
             f"{missing[0]} is not prepared in {config.data.dir}: with several processes run tools/prepare_data.py with the same config first"
         )
+    if len(stages) > 1:
+        for line in mix.repetition_warnings(epochs(list(stages.values())), "the whole curriculum"):
+            metrics.console.print(f"warning: {line}", soft_wrap=True)
     for name, stage in stages.items():
         if is_finished(stage, workdir / name):
             metrics.console.print(f"{name} is finished in {workdir / name}: skipped", soft_wrap=True)
@@ -66,6 +72,16 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     if jax.process_index() == 0:
         summarise(names, workdir)
     return True
+
+
+def epochs(stages: list[ConfigDict]) -> dict[str, float]:
+    """source -> how many times all stages together read it."""
+    tokenizer, times = Tokenizer(stages[0].tokenizer.path), collections.Counter()
+    for stage in stages:
+        shares = dict(stage.data.sources)
+        sources = {name: pipeline.open_source(stage.data.dir, name, tokenizer) for name in shares}
+        times.update(mix.epochs(sources, shares, (stage.end_step - stage.start_step) * stage.batch_size * stage.seq_len))
+    return times
 
 
 def summarise(names: list[str], workdir: pathlib.Path) -> None:
