@@ -22,7 +22,7 @@ quickstart: .venv/installed-$(REQUIREMENTS)
 	@echo "Talk to it: $(RUN) tools/generate.py --checkpoint $(NANO) --temperature 0.8 --top_p 0.95"
 
 test: .venv/installed-dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check .

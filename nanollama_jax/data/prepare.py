@@ -160,7 +160,7 @@ def prepare_source(
             raise BadInput(f"{out_dir} is being prepared by another process: wait for it to end") from error
         layout = inputs | {"tasks": tasks, "shard_tokens": shard_tokens}
         begun = any((logs / "completions").glob("*")) or (logs / "slurm_job").exists()  # until then a mistake in the command can be mended
-        if begun:
+        if begun and (logs / "inputs.json").exists():
             _check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             write_json(logs / "inputs.json", layout)
@@ -222,7 +222,11 @@ def _check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) 
     for key, value in new.items():
         if key == "file_sizes":
             if old.get(key, value) != value:
-                raise BadInput(f"files of {new['url']} were changed since {out_dir} was begun: remove it and prepare it again")
+                mended = f"; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
+                raise BadInput(
+                    f"files of {new['url']} were changed since {out_dir} was begun: if lines were added or removed, remove {out_dir} and prepare "
+                    f"it again{'' if 'splits' in old else mended}"
+                )
             continue
         if key == "files" and old.get(key, value) != value:
             raise BadInput(

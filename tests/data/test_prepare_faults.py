@@ -132,6 +132,9 @@ def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, mod
     assert first_rank
     lines[301] = b'{"text": "mended"}\n'
     bad.write_bytes(b"".join(lines))
+    with pytest.raises(BadInput, match=r"were changed since .*; if a line was mended in its place, remove .*inputs\.json and run the same command"):
+        run(bad, model, out, tasks=2, executor=Executor(workers=1))
+    (out / "logs/inputs.json").unlink()
     run(bad, model, out, tasks=2, executor=Executor(workers=1))
     assert {path: path.stat().st_mtime_ns for path in first_rank} == first_rank
 
