@@ -229,7 +229,7 @@ def test_a_source_that_was_changed_is_refused_once_a_rank_has_read_it(corpus, mo
     manifest = run(source, model, tmp_path / "out", tasks=4)  # nothing was done yet
     assert sum(manifest["splits"][split]["documents"] for split in prepare.SPLITS) == 80
     source.write_text("".join(lines[:81]))
-    with pytest.raises(BadInput, match=r"files of file://.*texts\.jsonl were changed since .*out was begun: remove it"):
+    with pytest.raises(BadInput, match=r"files of file://.*texts\.jsonl were changed since .*out was begun: if lines were .* prepare it again$"):
         run(source, model, tmp_path / "out", tasks=4)
 
 
