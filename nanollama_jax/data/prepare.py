@@ -121,8 +121,8 @@ def prepare_source(
 
     Where it is already done it reads all shards once and compares their checksums, which for a large corpus takes a while.
     `tasks` is the number of ranks (fewer, if the source has few files) and decides what is in which shard; each stops after its share of
-    `max_tokens` (0: all there is).
-    `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one of decontaminate.POLICIES.
+    `max_tokens` (0: all there is). `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one
+    of decontaminate.POLICIES.
     Raises `BadInput` for bad text (what other ranks finished stays), for a source without documents or with an empty split, for Ctrl-C, and if
     `out_dir` was made with other settings, of another list of files, or of files that have been changed.
     """
@@ -165,7 +165,7 @@ def prepare_source(
         else:
             write_json(logs / "inputs.json", layout)
         items = logs / "benchmarks.json" if benchmarks else None
-        if items and not items.exists():
+        if items and not (begun and items.exists()):
             decontaminate.save_items(decontaminate.read_benchmarks(benchmarks), items)
         write = WriteTokens(out_dir, tokenizer, validation_fraction, shard_tokens, max_tokens, items, contaminated)
         if not run_ranks([ReadSource(url, keep, leave_out), write], executor, name=name, tasks=tasks, logs=logs):

@@ -129,6 +129,16 @@ def test_documents_are_cut_or_dropped_and_their_counts_stand_in_the_manifest(mod
     assert report["contaminated"] == [] and report["documents"] == 36 and heard[-1][0] == 36
 
 
+def test_benchmarks_may_be_corrected_until_a_rank_is_done(source, model, texts, tmp_path):
+    for name, question in (("wrong", "nobody asks this question of thirteen words or more in any of the texts"), ("right", texts[0])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": question}) + "\n")
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    with pytest.raises(BadInput, match="malformed JSON"):
+        run(f"file://{tmp_path}/bad.jsonl", model, tmp_path / "out", benchmarks={"text": f"file://{tmp_path}/wrong.jsonl"}, tasks=1)
+    manifest = run(source, model, tmp_path / "out", benchmarks={"text": f"file://{tmp_path}/right.jsonl"})
+    assert manifest["decontamination"]["benchmarks"]["text"]["items_found"] == 1
+
+
 def test_near_duplicates_of_a_report_are_left_out(model, tmp_path):
     generator = random.Random(1)
     single = [" ".join(str(generator.randrange(10**6)) for _ in range(generator.randint(50, 200))) for _ in range(50)]
