@@ -90,17 +90,25 @@ def test_text_that_is_no_text_and_a_source_without_any(lab, tmp_path):
     )
 
 
-def test_a_workdir_of_another_model_is_refused_and_kept(lab, undisturbed):
-    before = checkpoint.find(undisturbed / "phase1")
-    said = lab.run("phase1", undisturbed / "phase1", "--config.model.d_model=64", expect=2)
-    assert "d_model=32 (config: 64)" in said and checkpoint.find(undisturbed / "phase1") == before
+@pytest.fixture(scope="module")
+def phase1(lab, tmp_path_factory):
+    """The workdir of a finished first stage."""
+    workdir = tmp_path_factory.mktemp("phase1")
+    lab.run("phase1", workdir)
+    return workdir
+
+
+def test_a_workdir_of_another_model_is_refused_and_kept(lab, phase1):
+    before = checkpoint.find(phase1)
+    said = lab.run("phase1", phase1, "--config.model.d_model=64", expect=2)
+    assert "d_model=32 (config: 64)" in said and checkpoint.find(phase1) == before
 
 
 @pytest.mark.parametrize("flag", ["seed=7", "data.max_segments=3", "data.sources.docs=2.0"])
-def test_other_batches_than_before_are_refused(lab, undisturbed, flag):
-    before = (undisturbed / "phase1" / "config.json").read_bytes()
-    assert flag.split("=")[0].removesuffix(".docs") in lab.run("phase1", undisturbed / "phase1", f"--config.{flag}", expect=2)
-    assert (undisturbed / "phase1" / "config.json").read_bytes() == before
+def test_other_batches_than_before_are_refused(lab, phase1, flag):
+    before = (phase1 / "config.json").read_bytes()
+    assert flag.split("=")[0].removesuffix(".docs") in lab.run("phase1", phase1, f"--config.{flag}", expect=2)
+    assert (phase1 / "config.json").read_bytes() == before
 
 
 def test_a_later_stage_that_cannot_be_is_refused_at_once(lab, tmp_path):
@@ -108,8 +116,8 @@ def test_a_later_stage_that_cannot_be_is_refused_at_once(lab, tmp_path):
     assert "tokens_per_step" in said and not list(tmp_path.iterdir())
 
 
-def test_a_stage_that_does_not_start_where_the_other_stands(lab, undisturbed, tmp_path):
-    said = lab.run("phase2_16k", tmp_path, f"--config.init_from={undisturbed / 'phase1'}", expect=2)
+def test_a_stage_that_does_not_start_where_the_other_stands(lab, phase1, tmp_path):
+    said = lab.run("phase2_16k", tmp_path, f"--config.init_from={phase1}", expect=2)
     assert "stands at step 40 and phase2_16k starts at 60" in said
 
 
@@ -142,6 +150,6 @@ def test_no_room_for_a_checkpoint(lab, tmp_path):
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_metadata_is_json_a_person_can_read(undisturbed):
-    path = undisturbed / "phase1" / "checkpoints" / "step_40" / "metadata" / "metadata"
+def test_metadata_is_json_a_person_can_read(phase1):
+    path = phase1 / "checkpoints" / "step_40" / "metadata" / "metadata"
     assert json.loads(path.read_text())["phase"] == "phase1"
