@@ -3,7 +3,6 @@
 The tokenizer and the corpora come first, so that one command goes from raw text to the last checkpoint. A gate that says stop ends the run.
 """
 
-import collections
 import json
 import pathlib
 
@@ -12,7 +11,7 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data import mix, pipeline
+from nanollama_jax.data import mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
@@ -61,7 +60,9 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
             f"{missing[0]} is not prepared in {config.data.dir}: with several processes run tools/prepare_data.py with the same config first"
         )
     if len(stages) > 1:
-        for line in mix.repetition_warnings(epochs(list(stages.values())), "the whole curriculum"):
+        tokenizer = Tokenizer(config.tokenizer.path)
+        times = mix.epochs_of_all(mix.open_mix(stage, tokenizer) for stage in stages.values())
+        for line in mix.repetition_warnings(times, "the whole curriculum"):
             metrics.console.print(f"warning: {line}", soft_wrap=True)
     for name, stage in stages.items():
         if is_finished(stage, workdir / name):
@@ -72,16 +73,6 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     if jax.process_index() == 0:
         summarise(names, workdir)
     return True
-
-
-def epochs(stages: list[ConfigDict]) -> dict[str, float]:
-    """source -> how many times all stages together read it."""
-    tokenizer, times = Tokenizer(stages[0].tokenizer.path), collections.Counter()
-    for stage in stages:
-        shares = dict(stage.data.sources)
-        sources = {name: pipeline.open_source(stage.data.dir, name, tokenizer) for name in shares}
-        times.update(mix.epochs(sources, shares, (stage.end_step - stage.start_step) * stage.batch_size * stage.seq_len))
-    return times
 
 
 def summarise(names: list[str], workdir: pathlib.Path) -> None:

@@ -50,7 +50,7 @@ def normalise(text: str) -> bytes:
 def _other_words() -> np.ndarray:
     """Code point -> code point up to 0xFFFF: letters and digits in lower case, wide and other such forms as plain ones; all else is a space.
 
-    A table takes 10 ns a character; NFKC, `lower` and a regular expression, one after the other, 50 on English prose with curly quotes.
+    On books with curly quotes all of `normalise` takes 32 ns a character with this table; with NFKC, `lower` and a regular expression, 62.
     """
     plain = [unicodedata.normalize("NFKC", chr(point)).lower() for point in range(0x10000)]
     words = [ord(to) if len(to) == 1 and to.isalnum() else point if chr(point).isalnum() else 32 for point, to in enumerate(plain)]

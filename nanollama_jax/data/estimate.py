@@ -28,7 +28,7 @@ from nanollama_jax.tokenizer import Tokenizer
 SAMPLE_BYTES, SAMPLE_SECONDS = 4_000_000, 60.0  # whichever comes first
 _LOOK_BYTES = 8_000_000  # of a file that is looked into
 _STREAMS = 8  # the sample is the beginnings of this many ranks' shares
-_UNTRAINED = (4.2, 4e6)  # bytes a token, and bytes a second on a core, where there is no tokenizer yet (32,000 pieces, English prose)
+_UNTRAINED = (4.1, 2e6)  # bytes a token, and bytes a second on a core, where there is no tokenizer yet: novels, Mistral's 32,000 pieces; docs/data.md
 _DISK = (1.3, 150)  # bytes a token and a document on disk: 1.0 to 1.3 measured for prose and code of 1,000 tokens and more, 3.0 for documents of 80
 
 

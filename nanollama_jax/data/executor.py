@@ -254,7 +254,7 @@ class RayExecutor(RayPipelineExecutor):
     """datatrove's Ray executor, but a rank is a plain Ray task: datatrove's run() has actors that fork a pool each, and waits without end
     for a child that was killed. Ranks fail alone: the others go on."""
 
-    _run_for_rank = PipelineExecutor._run_for_rank  # RayPipelineExecutor's log lies in /tmp/ray_logs until the rank ends, for all corpora alike
+    _run_for_rank = PipelineExecutor._run_for_rank  # RayPipelineExecutor's own keeps logs of all corpora in one temporary folder until a rank ends
 
     def run(self, on_progress: Callable[[int], None]) -> None:
         """Runs the ranks that are not done yet. `on_progress` hears how many are. Why others failed is in their logs."""

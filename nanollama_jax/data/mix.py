@@ -74,7 +74,7 @@ def open_mix(config: ConfigDict, tokenizer: Tokenizer) -> Mix:
         )
     sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in weights}
     packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments, seed=config.seed)
-    pipeline.train_batches(sources, weights, tokenizer, batch_size=config.batch_size, **packing)  # refuses bad weights
+    pipeline.check_weights(sources, weights)
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     tokens = rows * config.seq_len
     return Mix(config.name, sources, shares, tokens, epochs(sources, shares, tokens), **packing)

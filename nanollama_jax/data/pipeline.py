@@ -75,18 +75,24 @@ def train_batches(
     batch_size: int, seq_len: int, max_segments: int, seed: int, rows: int | None = None,
 ) -> grain.IterDataset:  # fmt: skip
     """Endless global batches of the sources in `weights`, of which `rows` will be read. Iterators have get_state and set_state."""
+    check_weights(sources, weights)
     shuffled, total = {}, sum(weights.values())
     for name, weight in sorted(weights.items()):
-        if not 0 < weight < math.inf:
-            raise BadInput(f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead")
-        if not sources[name].tokens("train"):
-            raise BadInput(f"source {name!r} has no training documents: give it more text, or leave it out of data.sources")
         packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
         window = shuffle_window(seq_len, rows and int(rows * weight / total))
         shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=_own_seed(seed, name))
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
+
+
+def check_weights(sources: Mapping[str, Source], weights: Mapping[str, float]) -> None:
+    """Raises BadInput for a weight or a source that nothing can be drawn by."""
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise BadInput(f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead")
+        if not sources[name].tokens("train"):
+            raise BadInput(f"source {name!r} has no training documents: give it more text, or leave it out of data.sources")
 
 
 def shuffle_window(seq_len: int, rows: int | None = None) -> int:

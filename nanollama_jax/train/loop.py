@@ -31,6 +31,7 @@ from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import gates, metrics, objectives, optimizer
 from nanollama_jax.train import step as steps
 from nanollama_jax.train.metrics import log
+from nanollama_jax.train.origin import find_origin, known_order
 from nanollama_jax.train.settle import settle
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -280,72 +281,6 @@ def measure_perplexity(measure: Callable, params: Any, rope_theta: np.float32, b
         batch_ce, batch_weight = jax.device_get(measure(params, sharding.put_batch(batch, mesh), rope_theta))
         ce, weight = ce + float(batch_ce), weight + float(batch_weight)
     return float(np.exp(ce / weight))
-
-
-def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, about_data: dict[str, str]) -> tuple[pathlib.Path | None, int]:
-    """The workdir and step to start from: the run's own latest checkpoint, else that of `config.init_from`, else (None, 0)."""
-    if found := checkpoint.find(workdir):
-        if checkpoint.read_metadata(*found).get("weights_only"):
-            raise BadInput(f"{workdir} holds imported weights: choose another --workdir, and start from them with --config.init_from={workdir}")
-        check_same(*found, model, about_data)
-        check_same_batches(*found, config)
-        return found
-    if config.init_from:
-        found = checkpoint.find(config.init_from)
-        if found is None:
-            raise BadInput(f"init_from={config.init_from}: there is no checkpoint; name a workdir that has one")
-        if found[1] != config.start_step:
-            raise BadInput(
-                f"init_from={config.init_from} stands at step {found[1]} and {config.name} starts at {config.start_step}: train it to there"
-            )
-        check_same(*found, model, {"tokenizer_sha256": about_data["tokenizer_sha256"]})
-        return found
-    if config.start_step:
-        raise BadInput(f"{config.name} starts at step {config.start_step}: say from which run, as --config.init_from=WORKDIR")
-    return None, 0
-
-
-def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data: dict[str, str]) -> None:
-    """Refuses to go on with a checkpoint of another model, tokenizer or data set."""
-    metadata, ours = checkpoint.read_metadata(workdir, step), dataclasses.asdict(model)
-    shape = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps")
-    shape += () if metadata.get("weights_only") else ("scan_layers",)  # of an optimizer's state the layout cannot be changed
-    differing = [f"{k}={metadata['model'][k]} (config: {ours[k]})" for k in shape if metadata["model"][k] != ours[k]]
-    if differing:
-        raise BadInput(f"the checkpoint in {workdir} has another model, {', '.join(differing)}: choose another --workdir, or that model")
-    for key, value in about_data.items():
-        if metadata[key] != value:
-            what = {"tokenizer_sha256": "tokenizer", "data_sha256": "data"}[key]
-            raise BadInput(f"the checkpoint in {workdir} was made with another {what}: choose another --workdir, or the {what} of before")
-
-
-def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> None:
-    """Refuses to go on with an iterator's position in another stream of batches: rows would be skipped or doubled."""
-    before, now = checkpoint.read_metadata(workdir, step)["config"], json.loads(config.to_json_best_effort())
-    keys = [("seed",), ("start_step",), ("seq_len",), ("batch_size",), ("data", "max_segments"), ("data", "sources")]
-    for key in keys:
-        old, new = (functools.reduce(lambda tree, name: tree[name], key, tree) for tree in (before, now))
-        if old != new:
-            name = ".".join(key)
-            raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
-
-    if (old := shuffle_windows(before)) != (new := shuffle_windows(now)):
-        raise BadInput(f"the run in {workdir} shuffles among {old} rows, and with end_step={config.end_step} it would among {new}: set end_step back")
-
-
-def shuffle_windows(config: dict[str, Any]) -> dict[str, int]:
-    """source -> rows that are shuffled among each other."""
-    shares, rows = config["data"]["sources"], (config["end_step"] - config["start_step"]) * config["batch_size"]
-    return {name: pipeline.shuffle_window(config["seq_len"], int(rows * share / sum(shares.values()))) for name, share in shares.items()}
-
-
-def known_order(data: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """The checkpoint's data item, if documents were read in the order that they are read in now."""
-    if "positions" not in data:
-        raise BadInput(
-            f"the checkpoint in {workdir} is of an earlier version, which read documents in another order: finish its curriculum with that"
-        )
-    return data
 
 
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:
