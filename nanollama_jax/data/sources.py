@@ -285,9 +285,10 @@ def _read_tfds(
             f'python -c "import tensorflow_datasets as tfds; tfds.data_source({path!r}{where})"'
         ) from error
     for number in range(rank, len(dataset), world_size):
-        where = f"tfds://{path}/{split}:{number + 1}"
+        where, record = f"tfds://{path}/{split}:{number + 1}", dataset[number]
+        texts = [name for name in columns or record if isinstance(record.get(name), bytes)]  # others may be bytes that are no text
         try:
-            yield where, {name: value.decode() if isinstance(value, bytes) else value for name, value in dataset[number].items()}
+            yield where, record | {name: record[name].decode() for name in texts}
         except UnicodeDecodeError as error:
             raise BadInput(f"{where}: invalid UTF-8") from error
 

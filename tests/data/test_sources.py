@@ -221,7 +221,7 @@ def test_a_tfds_set_is_read_without_tensorflow(tmp_path):
 
         def _generate_examples(self):
             for i, text in enumerate(TEXTS):
-                yield i, {"book_text": text, "year": "1900"}
+                yield i, {"book_text": text, "year": b"\xff is no UTF-8, and is not asked for"}
 
     Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     url = f"tfds://tiny?data_dir={tmp_path}&text=book_text"
