@@ -38,7 +38,7 @@ def benchmark_train(rounds: int, steps: int) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape["vocab_size"], (batch_size, seq_len + 1), dtype=np.int32)
     peers = {"transformers + torch": torch_step(shape, tokens)}
-    for remat in ("none", "dots"):
+    for remat in ("none", "products"):
         for scan_layers in (False, True):
             name = f"ours, remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}"
             peers[name] = our_step(shape | dict(remat=remat, scan_layers=scan_layers), tokens)

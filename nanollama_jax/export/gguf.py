@@ -108,17 +108,17 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     writer.add_layer_norm_rms_eps(m.norm_eps)
     add_tokenizer(writer, loaded.tokenizer)
 
-    names = {gguf_name(name): path_and_axes for name, path_and_axes in hf_names(m.num_layers).items()}
-    for name, path_and_axes in names.items():
-        value = to_hf(loaded.params, *path_and_axes)
+    names = {gguf_name(name): place for name, place in hf_names(m).items()}
+    for name, place in names.items():
+        value = to_hf(loaded.params, place)
         stored, raw = (np.dtype(dtype), raw_dtype) if value.ndim > 1 else (np.dtype(np.float32), gguf.GGMLQuantizationType.F32)
         writer.add_tensor_info(name, value.shape, stored, value.size * stored.itemsize, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     heads = {"attn_q": m.num_heads, "attn_k": m.num_kv_heads}
-    for name, path_and_axes in names.items():
-        value = to_hf(loaded.params, *path_and_axes)
+    for name, place in names.items():
+        value = to_hf(loaded.params, place)
         if (count := heads.get(name.split(".")[-2])) is not None:
             value = interleave_pairs(value, count)
         with np.errstate(over="ignore"):  # of a float16: said by `finite`

@@ -5,6 +5,7 @@ converted a shard at a time. Exporting, importing and exporting again gives the 
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -31,38 +32,40 @@ from nanollama_jax.tokenizer import Tokenizer
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 5_000_000_000
 
-# Their name -> (our path, how many leading axes are inputs). Theirs are (out, in); 0: the same layout.
-_MODEL = {
-    "model.embed_tokens.weight": ("embedding/kernel", 0),
-    "model.norm.weight": ("final_norm/scale", 0),
-    "lm_head.weight": ("head/kernel", 1),
-}
-_LAYER = {
-    "input_layernorm.weight": ("attention_norm/scale", 0),
-    "self_attn.q_proj.weight": ("attention/q/kernel", 1),
-    "self_attn.k_proj.weight": ("attention/k/kernel", 1),
-    "self_attn.v_proj.weight": ("attention/v/kernel", 1),
-    "self_attn.o_proj.weight": ("attention/o/kernel", 2),
-    "post_attention_layernorm.weight": ("ffn_norm/scale", 0),
-    "mlp.gate_proj.weight": ("ffn/gate/kernel", 1),
-    "mlp.up_proj.weight": ("ffn/up/kernel", 1),
-    "mlp.down_proj.weight": ("ffn/down/kernel", 1),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one of their tensors lies in our unrolled parameters. Theirs are (out, in), or have the same layout as ours if `input_axes` is 0."""
+
+    path: str
+    input_axes: int = 0  # how many leading axes of ours are inputs
+    part: tuple[slice | int, ...] = ()  # of a fused projection
 
 
-def hf_names(num_layers: int) -> dict[str, tuple[str, int]]:
-    """Their name -> (our path in unrolled parameters, leading input axes), in the order of the model."""
-    layers = {f"model.layers.{i}.{name}": (f"layers_{i}/{path}", axes) for i in range(num_layers) for name, (path, axes) in _LAYER.items()}
-    first, *last = _MODEL.items()
-    return dict([first, *layers.items(), *last])
+def hf_names(model: ModelConfig) -> dict[str, Place]:
+    """Their name -> where it is, in the order of the model."""
+    N, K, every = model.num_heads, model.num_kv_heads, slice(None)
+    layer = {
+        "input_layernorm.weight": Place("attention_norm/scale"),
+        "self_attn.q_proj.weight": Place("attention/qkv/kernel", 1, (every, slice(0, N))),
+        "self_attn.k_proj.weight": Place("attention/qkv/kernel", 1, (every, slice(N, N + K))),
+        "self_attn.v_proj.weight": Place("attention/qkv/kernel", 1, (every, slice(N + K, N + 2 * K))),
+        "self_attn.o_proj.weight": Place("attention/o/kernel", 2),
+        "post_attention_layernorm.weight": Place("ffn_norm/scale"),
+        "mlp.gate_proj.weight": Place("ffn/gate_up/kernel", 1, (every, 0)),
+        "mlp.up_proj.weight": Place("ffn/gate_up/kernel", 1, (every, 1)),
+        "mlp.down_proj.weight": Place("ffn/down/kernel", 1),
+    }
+    names = {"model.embed_tokens.weight": Place("embedding/kernel")}
+    for i in range(model.num_layers):
+        names |= {f"model.layers.{i}.{name}": dataclasses.replace(place, path=f"layers_{i}/{place.path}") for name, place in layer.items()}
+    return names | {"model.norm.weight": Place("final_norm/scale"), "lm_head.weight": Place("head/kernel", 1)}
 
 
-def to_hf(params: dict[str, Any], path: str, input_axes: int) -> np.ndarray:
-    """One of our parameters in their layout, float32, a view where it can be."""
-    value = params
-    for part in path.split("/"):
-        value = value[part]
-    return value if not input_axes else value.reshape(int(np.prod(value.shape[:input_axes])), -1).T
+def to_hf(params: dict[str, Any], place: Place) -> np.ndarray:
+    """One of their tensors, float32, a view where it can be."""
+    value = functools.reduce(lambda tree, part: tree[part], place.path.split("/"), params)[place.part]
+    return value if not place.input_axes else value.reshape(math.prod(value.shape[: place.input_axes]), -1).T
 
 
 def export(
@@ -108,11 +111,11 @@ def export(
 
 
 def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: Any, shard_bytes: int) -> None:
-    names = hf_names(loaded.model.num_layers)
+    names = hf_names(loaded.model)
     shards: list[list[str]] = [[]]
     size = total = 0
-    for name, (path, axes) in names.items():
-        needed = to_hf(loaded.params, path, axes).size * np.dtype(dtype).itemsize
+    for name, place in names.items():
+        needed = to_hf(loaded.params, place).size * np.dtype(dtype).itemsize
         if shards[-1] and size + needed > shard_bytes:
             shards.append([])
             size = 0
@@ -121,7 +124,7 @@ def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: An
     one = len(shards) == 1
     files = ["model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: finite(np.ascontiguousarray(to_hf(loaded.params, *names[name]).astype(dtype)), name) for name in shard}
+        tensors = {name: finite(np.ascontiguousarray(to_hf(loaded.params, names[name]).astype(dtype)), name) for name in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
     if not one:
@@ -247,29 +250,27 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
 
 def _read_params(folder: pathlib.Path, model: ModelConfig, tied: bool) -> dict[str, Any]:
     """Float32 parameters, layers unrolled. `tied`: the head is the embedding's transpose, and from here on a weight of its own."""
-    names = hf_names(model.num_layers)
+    names = hf_names(model)
     dummy = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = nn.meta.unbox(jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jax.ShapeDtypeStruct((), jnp.float32)))["params"]
-    params: dict[str, Any] = {}
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     with contextlib.ExitStack() as files:
         opened = [files.enter_context(_open(path)) for path in _weight_files(folder)]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  not a dict
         if strange := sorted(name for name in holder.keys() - names.keys() if not name.endswith("rotary_emb.inv_freq")):
             raise BadInput(f"{folder} has {strange[0]}, which a Llama of its config.json has not ({len(strange)} such tensors)")
-        for name, (path, input_axes) in names.items():
+        for name, place in names.items():
             source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
             if source not in holder:
                 raise BadInput(f"{folder} has no tensor {name}: is a file missing?")
             if (stored := holder[source].get_slice(source).get_dtype()) not in ("F16", "BF16", "F32", "F64"):
                 raise BadInput(f"{folder}: {source} is of type {stored}, not a float: quantised weights cannot be imported")
             value = finite(holder[source].get_tensor(source).astype(np.float32), source)
-            *parents, leaf = path.split("/")
-            shape = functools.reduce(lambda tree, part: tree[part], [*parents, leaf], shapes).shape
-            theirs = (math.prod(shape[input_axes:]), math.prod(shape[:input_axes])) if input_axes else shape
+            theirs = to_hf(params, place).shape
             if value.shape != theirs:
                 raise BadInput(f"{folder}: {name} has shape {list(value.shape)}, and config.json asks for {list(theirs)}")
-            into = functools.reduce(lambda tree, part: tree.setdefault(part, {}), parents, params)
-            into[leaf] = np.ascontiguousarray(value.T).reshape(shape) if input_axes else value
+            ours = functools.reduce(lambda tree, part: tree[part], place.path.split("/"), params)
+            ours[place.part] = (value.T if place.input_axes else value).reshape(ours[place.part].shape)
     return params
 
 

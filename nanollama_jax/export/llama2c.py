@@ -63,13 +63,9 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
 
     params: dict[str, Any] = {"embedding": {"kernel": embedding}, "head": {"kernel": head.T.copy()}, "final_norm": {"scale": final_norm}}
     for i in range(L):
-        attention = {
-            "q": q[i].transpose(2, 0, 1),
-            "k": k[i].transpose(2, 0, 1),
-            "v": v[i].transpose(2, 0, 1),
-            "o": o[i].reshape(D, N, H).transpose(1, 2, 0),
-        }
-        ffn = {"gate": gate[i].T, "up": up[i].T, "down": down[i].T}
+        qkv = np.concatenate([q[i], k[i], v[i]]).transpose(2, 0, 1)
+        attention = {"qkv": qkv, "o": o[i].reshape(D, N, H).transpose(1, 2, 0)}
+        ffn = {"gate_up": np.stack([gate[i], up[i]]).transpose(2, 0, 1), "down": down[i].T}
         params[f"layers_{i}"] = {
             "attention_norm": {"scale": attention_norm[i]},
             "attention": {name: {"kernel": np.ascontiguousarray(value)} for name, value in attention.items()},

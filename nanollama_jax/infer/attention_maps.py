@@ -76,7 +76,7 @@ def attention_maps(model: ModelConfig, params: Any, ids: Sequence[int], rope_the
 def _run_block(model: ModelConfig, params: Any, hidden_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer: its output, and the rotated queries and keys that it made."""
     ones_BT = jnp.ones(hidden_BTD.shape[:2], jnp.int32)  # positions count only where there is a cache
-    (hidden_BTD, _), kept = Block(model).apply({"params": params}, hidden_BTD, ones_BT, ones_BT, rope, mutable=["intermediates"])
+    (hidden_BTD, _), kept = Block(model).apply({"params": params}, hidden_BTD, ones_BT, None, rope, mutable=["intermediates"])
     return hidden_BTD, *kept["intermediates"]["attention"]["q_and_k"][0]
 
 

@@ -1,15 +1,18 @@
 """Causal attention with grouped key/value heads, masked to documents, behind one function.
 
 Backends: `xla` materialises the scores in float32 and is the oracle and the CPU default; `cudnn` is plain causal flash attention (Hopper and
-Ampere, 16-bit). A mask is never handed to cuDNN: jax turns it into a dense bias, and before 0.11.2 its backward pass builds a dense gradient of it.
+Ampere, 16-bit); `cudnn_packed` the same within documents (Hopper). A mask is never handed to cuDNN: jax turns it into a dense bias, and before
+0.11.2 its backward pass builds a dense gradient of it.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nanollama_jax.model.config import ModelConfig
+from nanollama_jax.model.packed_attention import Packing, pack, packed_attention
 
 
 class KVCache(NamedTuple):
@@ -19,11 +22,20 @@ class KVCache(NamedTuple):
     v_BKSH: jax.Array
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Attention output (B, T, N, H). Query head n reads key/value head n // (N // K). Padding is a segment like any other."""
+def documents_of(segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Array | Packing | None:
+    """What `attend` wants to know of the documents in each row, the same for every layer. Padding is a segment like any other."""
+    if config.attention == "cudnn_packed":
+        return pack(segment_ids_BT, config.packed_documents)[0]
+    return segment_ids_BT if config.document_mask else None
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, documents: jax.Array | Packing | None, config: ModelConfig) -> jax.Array:
+    """Attention output (B, T, N, H). Query head n reads key/value head n // (N // K)."""
+    if config.attention == "cudnn_packed":
+        return packed_attention(q_BTNH, k_BSKH, v_BSKH, documents)
     if config.attention == "cudnn":
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
-    return xla_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT if config.document_mask else None)
+    return checkpoint_name(xla_attention(q_BTNH, k_BSKH, v_BSKH, documents), "attention")
 
 
 def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:

@@ -4,8 +4,18 @@ import dataclasses
 
 from nanollama_jax.errors import BadInput
 
-ATTENTION_BACKENDS = ("xla", "cudnn")
-REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION_BACKENDS = ("xla", "cudnn", "cudnn_packed")
+
+# What a layer keeps for its backward pass besides its input, by the names in llama.py and packed_attention.py; the rest is computed again.
+# From the least memory to the most, from the slowest to the fastest.
+REMAT_POLICIES = {
+    "full": (),
+    "attention": ("attention",),  # attention's output and softmax statistics
+    "qkv": ("attention", "qkv"),  # and its inputs, rotated
+    "gate_up": ("attention", "qkv", "gate_up"),
+    "products": ("attention", "qkv", "gate_up", "o"),  # all that matrix products with weights give
+    "none": None,  # everything is kept
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +33,12 @@ class ModelConfig:
     dtype: str = "float32"
     attention: str = "xla"  # one of ATTENTION_BACKENDS
     document_mask: bool = True  # False: causal over the whole row, across document boundaries
+    packed_documents: int = 8  # room for how many documents a row, on average over a device's rows, `cudnn_packed` has
     remat: str = "none"  # one of REMAT_POLICIES
     scan_layers: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"):
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "packed_documents"):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -37,11 +48,16 @@ class ModelConfig:
         if self.attention not in ATTENTION_BACKENDS:
             raise BadInput(f"model.attention={self.attention!r} is unknown: choose auto, {', '.join(ATTENTION_BACKENDS)}")
         if self.remat not in REMAT_POLICIES:
-            raise BadInput(f"model.remat={self.remat!r} is unknown: choose {', '.join(REMAT_POLICIES)}")
+            raise BadInput(f"model.remat={self.remat!r} is unknown: choose auto, {', '.join(REMAT_POLICIES)}")
         if self.attention == "cudnn" and self.document_mask:
-            raise BadInput("model.attention='cudnn' is plain causal and cannot mask documents: set model.document_mask=False, or model.attention=xla")
-        if self.attention == "cudnn" and self.dtype == "float32":
-            raise BadInput("model.attention='cudnn' needs 16-bit activations: set model.dtype=bfloat16, or model.attention=xla")
+            raise BadInput("model.attention='cudnn' is plain causal and cannot mask documents: set model.document_mask=False, or choose cudnn_packed")
+        if self.attention == "cudnn_packed" and not self.document_mask:
+            raise BadInput("model.attention='cudnn_packed' masks documents: set model.document_mask=True, or model.attention=cudnn")
+        if self.attention != "xla" and (self.dtype == "float32" or self.head_dim % 8 or self.head_dim > 256):
+            raise BadInput(
+                f"model.attention={self.attention!r} needs 16-bit activations and heads of a multiple of 8 up to 256 (model.dtype={self.dtype}, "
+                f"model.head_dim={self.head_dim}): change these, or set model.attention=xla"
+            )
 
     @property
     def matmul_params(self) -> int:

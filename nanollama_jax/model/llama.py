@@ -2,6 +2,7 @@
 full-size logits never exist in training (`train/losses.py`); `logits` is for everything else.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,24 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import with_logical_constraint as constrain
+from jax.ad_checkpoint import checkpoint_name
 
-from nanollama_jax.model.attention import KVCache, attend, decode_attention, prefill_cache
-from nanollama_jax.model.config import ModelConfig
+from nanollama_jax.model.attention import KVCache, Packing, attend, decode_attention, documents_of, prefill_cache
+from nanollama_jax.model.config import REMAT_POLICIES, ModelConfig
 from nanollama_jax.model.rope import apply_rope, rope_table
 
 INIT_STDDEV = 0.02
 HIDDEN = ("batch", "length", "act_embed")  # logical axes of hidden_BTD
 
-# `dots` saves what matrix products with weights give and recomputes the rest, attention scores included; `full` saves layer inputs only.
-_REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": jax.checkpoint_policies.nothing_saveable}
-
 
 class Weight(nn.Module):
-    """One float32 parameter with logical axis names, truncated-normal (2 sigma) initialised, given in the compute dtype."""
+    """One float32 parameter with logical axis names, truncated-normal (2 sigma) initialised, given in the compute dtype and whole to each device."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    dtype: str | None  # None: as stored
+    axes: tuple[str | None, ...]
+    dtype: str | None  # None: as stored, and where it is
     stddev: float = INIT_STDDEV
 
     @nn.compact
@@ -34,7 +33,8 @@ class Weight(nn.Module):
         # jax's truncated_normal(stddev) sets the scale before truncation at 2 sigma, as torch's trunc_normal_ at +-2*std does
         init = nn.with_logical_partitioning(nn.initializers.truncated_normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, self.shape, jnp.float32)
-        return kernel if self.dtype is None else kernel.astype(self.dtype)
+        # Cast, then gathered: half the bytes. Without the constraint XLA gathers activations instead of weights
+        return kernel if self.dtype is None else constrain(kernel.astype(self.dtype), (None,) * kernel.ndim)
 
 
 class RMSNorm(nn.Module):
@@ -54,23 +54,28 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, rope: tuple[jax.Array, jax.Array], cache: KVCache | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        documents: jax.Array | Packing | None,
+        rope: tuple[jax.Array, jax.Array],
+        cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """With a cache, one token a row goes on from what is cached; more are the beginning of each row, and are written to it."""
         c = self.config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
-        q_BTNH = project(x_BTD, Weight((D, N, H), ("embed", "heads", "head_dim"), c.dtype, name="q")())
-        k_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="k")())
-        v_BTKH = project(x_BTD, Weight((D, K, H), ("embed", "kv_heads", "head_dim"), c.dtype, name="v")())
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        qkv_DNH = Weight((D, N + 2 * K, H), ("embed", "heads", "head_dim"), c.dtype, name="qkv")()  # heads of queries, keys, values, in this order
+        qk_BTNH, v_BTKH = jnp.split(project(x_BTD, qkv_DNH), [N + K], axis=2)
+        q_BTNH, k_BTKH = jnp.split(apply_rope(qk_BTNH, *rope), [N], axis=2)
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
         self.sow("intermediates", "q_and_k", (q_BTNH, k_BTKH))  # for attention maps; nothing unless asked for
         if cache is not None and x_BTD.shape[1] == 1:
             out_BTNH, cache = decode_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache)
         else:
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, c)
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, documents, c)
             cache = cache and prefill_cache(k_BTKH, v_BTKH, cache)
         o_NHD = Weight((N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o")()
-        return project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D)), cache
+        return checkpoint_name(project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D)), "o"), cache
 
 
 class FeedForward(nn.Module):
@@ -80,8 +85,9 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """SwiGLU (arXiv:2002.05202)."""
         c = self.config
-        gate_BTF = project(x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="gate")())
-        up_BTF = project(x_BTD, Weight((c.d_model, c.ffn_dim), ("embed", "ffn"), c.dtype, name="up")())
+        gate_up_D2F = Weight((c.d_model, 2, c.ffn_dim), ("embed", None, "ffn"), c.dtype, name="gate_up")()
+        gate_up_BT2F = checkpoint_name(project(x_BTD, gate_up_D2F), "gate_up")
+        gate_BTF, up_BTF = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
         down_FD = Weight((c.ffn_dim, c.d_model), ("ffn", "embed"), c.dtype, residual_stddev(c), name="down")()
         return project(nn.silu(gate_BTF) * up_BTF, down_FD)
 
@@ -94,7 +100,7 @@ class Block(nn.Module):
         self,
         hidden_BTD: jax.Array,
         positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
+        documents: jax.Array | Packing | None,
         rope: tuple[jax.Array, jax.Array],
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -102,7 +108,7 @@ class Block(nn.Module):
         c = self.config
         hidden_BTD = constrain(hidden_BTD, HIDDEN)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(hidden_BTD)
-        attended_BTD, cache = Attention(c, name="attention")(normed_BTD, positions_BT, segment_ids_BT, rope, cache)
+        attended_BTD, cache = Attention(c, name="attention")(normed_BTD, positions_BT, documents, rope, cache)
         hidden_BTD = constrain(hidden_BTD + attended_BTD, HIDDEN)
         hidden_BTD += FeedForward(c, name="ffn")(RMSNorm(c.norm_eps, name="ffn_norm")(hidden_BTD))
         return constrain(hidden_BTD, HIDDEN), cache
@@ -125,13 +131,16 @@ class Llama(nn.Module):
         With `caches`, one a layer and the layers unrolled, returns `(hidden, caches)`: see `Attention`.
         """
         c = self.config
-        # Looked up in float32, then cast: else gradients of frequent tokens are summed in 16 bits (8 % off for 1,900 of one)
         embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), None, name="embedding")()
-        Weight((c.d_model, c.vocab_size), ("embed", "vocab"), c.dtype, name="head")()  # applied by the loss
-        hidden_BTD = constrain(embedding_VD[tokens_BT].astype(c.dtype), HIDDEN)
+        Weight((c.d_model, c.vocab_size), ("embed", "vocab"), None, name="head")()  # applied by the loss
+        hidden_BTD = constrain(embed(embedding_VD, tokens_BT, c.dtype), HIDDEN)
         rope = rope_table(positions_BT, c.head_dim, rope_theta)
+        of_each_layer = (positions_BT, documents_of(segment_ids_BT, c), rope)
 
-        block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=not c.scan_layers)
+        block = Block
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*REMAT_POLICIES[c.remat])
+            block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
         if c.scan_layers:
             layers = nn.scan(
                 block,
@@ -141,15 +150,35 @@ class Llama(nn.Module):
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            hidden_BTD, _ = layers(c, name="layers")(hidden_BTD, positions_BT, segment_ids_BT, rope)
+            hidden_BTD, _ = layers(c, name="layers")(hidden_BTD, *of_each_layer)
         else:
             updated = []
             for i in range(c.num_layers):
                 cache = caches and caches[i]
-                hidden_BTD, cache = block(c, name=f"layers_{i}")(hidden_BTD, positions_BT, segment_ids_BT, rope, cache)
+                hidden_BTD, cache = block(c, name=f"layers_{i}")(hidden_BTD, *of_each_layer, cache)
                 updated.append(cache)
         hidden_BTD = RMSNorm(c.norm_eps, name="final_norm")(hidden_BTD)
         return hidden_BTD if caches is None else (hidden_BTD, tuple(updated))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the table, (B, T, D) in `dtype`. The table is cast before it is gathered, and its gradient is summed in float32 all the same: in
+    bfloat16 that of a token which occurs 1,900 times is 8 % off."""
+    return constrain(embedding_VD.astype(dtype), (None, None))[tokens_BT]
+
+
+def _embed_forward(embedding_VD, tokens_BT, dtype):
+    return embed(embedding_VD, tokens_BT, dtype), (embedding_VD, tokens_BT)
+
+
+def _embed_backward(dtype, residuals, d_hidden_BTD):
+    embedding_VD, tokens_BT = residuals  # the table only for its shape
+    d_embedding_VD = jnp.zeros_like(embedding_VD).at[tokens_BT].add(d_hidden_BTD.astype(embedding_VD.dtype))
+    return constrain(d_embedding_VD, ("vocab", "embed")), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def project(x_BTD: jax.Array, weight: jax.Array) -> jax.Array:

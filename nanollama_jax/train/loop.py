@@ -28,7 +28,7 @@ from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
-from nanollama_jax.train import gates, metrics, objectives, optimizer
+from nanollama_jax.train import gates, metrics
 from nanollama_jax.train import step as steps
 from nanollama_jax.train.metrics import log
 from nanollama_jax.train.origin import find_origin, known_order
@@ -81,13 +81,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         }  # fmt: skip
 
         # ---- Shape the state (nothing is allocated yet)
-        adamw = optimizer.make_optimizer(**{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")})
-        learning_rate = functools.partial(optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule)
-        rope_theta = functools.partial(
-            optimizer.rope_theta_schedule, start_theta=config.rope.start_theta, end_theta=config.rope.end_theta,
-            start_step=config.start_step, end_step=config.end_step, kind=config.rope.schedule,
-        )  # fmt: skip
-        make_state, shapes, shardings = steps.init_state(model, adamw, mesh, config.seed)
+        program = steps.program(config, model, mesh)
+        shapes, shardings, rope_theta = program.state_shapes, program.state_shardings, program.rope_theta
 
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
         about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: sources[k] for k in config.data.sources})}
@@ -102,7 +97,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         read_before = {}  # source -> where earlier stages left it
         if origin is None:
             (workdir / "gates.json").unlink(missing_ok=True)
-            state = make_state()
+            state = program.make_state()
         elif origin == workdir:
             state, data = checkpoints.restore(origin_step, shapes, shardings)
             read_before = known_order(data, workdir)["positions"]
@@ -110,7 +105,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         elif checkpoint.read_metadata(origin, origin_step).get("weights_only"):
             params = checkpoint.load(origin / checkpoint.FOLDER / f"step_{origin_step}").params
             params = stack_layers(params, model.num_layers) if model.scan_layers else params
-            state = make_state().replace(params=jax.device_put(params, shardings.params))
+            state = program.make_state().replace(params=jax.device_put(params, shardings.params))
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, data = other.restore(origin_step, shapes, shardings)
@@ -136,18 +131,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         cleanup.callback(reporter.close)
         stop_requested = cleanup.enter_context(stop_signals())
         started = time.monotonic()
-        objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
-        update = functools.partial(
-            steps.train_step,
-            objective=objective,
-            optimizer=adamw,
-            learning_rate=learning_rate,
-            rope_theta=rope_theta,
-            accumulation=config.accumulation,
-        )
-        update = jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, sharding.replicated(mesh)))
-        update = update.lower(shapes, batch_shapes(config, mesh)).compile()
-        measure = jax.jit(functools.partial(steps.validation_step, objective=objective), out_shardings=sharding.replicated(mesh))
+        update = program.update.lower(shapes, program.batch_shapes).compile()
         log.info("%s: compiled in %.1f s", config.name, time.monotonic() - started)
 
         # ---- Train: metrics are fetched one step late, so that the device never waits for the host
@@ -159,7 +143,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         def validate() -> float:
             theta = np.float32(rope_theta(step))
-            perplexity = {name: measure_perplexity(measure, state.params, theta, data, mesh) for name, data in validation_data.items()}
+            perplexity = {name: measure_perplexity(program.measure, state.params, theta, data, mesh) for name, data in validation_data.items()}
             # The stage's own perplexity is that of its mix: mean loss weighted by share of the rows
             shares = {name: share / sum(config.data.sources.values()) for name, share in config.data.sources.items() if name in perplexity}
             perplexity["all"] = float(np.exp(sum(share * np.log(perplexity[name]) for name, share in shares.items()) / sum(shares.values())))
@@ -304,12 +288,6 @@ def git_commit() -> str:
         return "unknown: git is not installed"
     result = subprocess.run(["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown: not a git checkout"
-
-
-def batch_shapes(config: ConfigDict, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    dtypes = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
-    shape = (config.batch_size, config.seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
 def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:

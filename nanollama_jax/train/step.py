@@ -1,18 +1,23 @@
-"""One training step and one validation step: pure functions of state and batch, compiled once per stage by the loop."""
+"""One training step and one validation step: pure functions of state and batch. `program` puts a stage's together as the loop compiles them, and
+as tools/plan.py and tools/benchmark.py do.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from nanollama_jax import sharding
 from nanollama_jax.model import Llama, ModelConfig
+from nanollama_jax.train import objectives, optimizer
 
 Objective = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -58,24 +63,28 @@ def train_step(
     learning_rate: Callable[[jax.Array], jax.Array],
     rope_theta: Callable[[jax.Array], jax.Array],
     accumulation: int,
+    compute_dtype: str,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state, and float32 scalars to log. Gradients are summed over micro-batches in float32 and divided once by the global weight, so
     that neither the number of devices nor of micro-batches changes what is optimised (with 16-bit activations, layers' gradients are summed
     over devices in 16 bits). If loss or gradient is not finite, the update is
     skipped and counted, and the state is otherwise that of before."""
     theta = rope_theta(state.step)
+    params = cast_matrices(state.params, compute_dtype)
     gradient_of = jax.value_and_grad(objective, has_aux=True)
+
+    def sums_and_grads(microbatch):
+        (_, sums), grads = gradient_of(params, microbatch, theta)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (sums, grads))
+
     if accumulation == 1:
-        (_, sums), grads = gradient_of(state.params, batch, theta)
+        sums, grads = sums_and_grads(batch)
     else:
-
-        def add_microbatch(carry, microbatch):
-            (_, sums), grads = gradient_of(state.params, microbatch, theta)
-            return jax.tree.map(jnp.add, carry, (sums, grads)), None
-
-        shapes = jax.eval_shape(lambda: gradient_of(state.params, jax.tree.map(lambda x: x[: x.shape[0] // accumulation], batch), theta))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        (sums, grads), _ = jax.lax.scan(add_microbatch, zeros, sharding.split_microbatches(batch, accumulation))
+        microbatches = sharding.split_microbatches(batch, accumulation)
+        shapes = jax.eval_shape(sums_and_grads, jax.tree.map(lambda x: x[0], microbatches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        add = lambda carry, microbatch: (jax.tree.map(jnp.add, carry, sums_and_grads(microbatch)), None)  # noqa: E731
+        (sums, grads), _ = jax.lax.scan(add, zeros, microbatches)
 
     weight = jnp.maximum(sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
@@ -100,7 +109,57 @@ def train_step(
     return new_state, metrics
 
 
+def cast_matrices(params: Any, dtype: str) -> Any:
+    """The layers' matrices in the dtype of their products, cast once a step and not in every micro-batch. Norms, the embedding and the head, whose
+    gradients are summed over tokens in float32, stay as they are."""
+    matrix = lambda path: path[0].key.startswith("layers") and path[-1].key == "kernel"  # noqa: E731
+    return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
+
+
 def validation_step(params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, objective: Objective) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy (nats) and its weight (tokens) of one batch."""
     _, sums = objective(params, batch, rope_theta)
     return sums["ce"], sums["weight"]
+
+
+class Program(NamedTuple):
+    """What a stage computes; nothing is compiled or allocated yet. All of it must be traced inside `sharding.use_mesh(mesh)`."""
+
+    make_state: Callable[[], TrainState]
+    state_shapes: TrainState  # of ShapeDtypeStructs
+    state_shardings: TrainState  # of NamedShardings
+    batch_shapes: dict[str, jax.ShapeDtypeStruct]
+    rope_theta: Callable[[jax.Array | int], jax.Array]
+    update: Any  # jitted: (state, batch) -> (state, metrics); the state is donated
+    measure: Any  # jitted: (params, batch, rope_theta) -> (cross-entropy, weight)
+
+
+def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
+    """The stage that `config` describes, for a model that `settle` gave."""
+    adamw = optimizer.make_optimizer(**{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")})
+    rope_theta = functools.partial(
+        optimizer.rope_theta_schedule, start_theta=config.rope.start_theta, end_theta=config.rope.end_theta,
+        start_step=config.start_step, end_step=config.end_step, kind=config.rope.schedule,
+    )  # fmt: skip
+    objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
+    make_state, shapes, shardings = init_state(model, adamw, mesh, config.seed)
+    update = functools.partial(
+        train_step,
+        objective=objective,
+        optimizer=adamw,
+        learning_rate=functools.partial(optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule),
+        rope_theta=rope_theta,
+        accumulation=config.accumulation,
+        compute_dtype=model.dtype,
+    )
+    dtypes = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return Program(
+        make_state=make_state,
+        state_shapes=shapes,
+        state_shardings=shardings,
+        batch_shapes={name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows) for name, dtype in dtypes.items()},
+        rope_theta=rope_theta,
+        update=jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, whole)),
+        measure=jax.jit(functools.partial(validation_step, objective=objective), out_shardings=whole),
+    )

@@ -35,11 +35,13 @@ def hf_names(model: ModelConfig, params) -> dict[str, np.ndarray]:
     }
     for i in range(model.num_layers):
         at, layer = f"model.layers.{i}.", {}
-        for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
-            layer[f"self_attn.{theirs}.weight"] = layers["attention"][ours]["kernel"][i].reshape(D, -1).T
+        q, k, v = np.split(layers["attention"]["qkv"]["kernel"][i], [model.num_heads, model.num_heads + model.num_kv_heads], axis=1)
+        for value, theirs in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")):
+            layer[f"self_attn.{theirs}.weight"] = value.reshape(D, -1).T
         layer["self_attn.o_proj.weight"] = layers["attention"]["o"]["kernel"][i].reshape(-1, D).T
-        for ours in ("gate", "up", "down"):
-            layer[f"mlp.{ours}_proj.weight"] = layers["ffn"][ours]["kernel"][i].T
+        gate, up = layers["ffn"]["gate_up"]["kernel"][i].transpose(1, 0, 2)
+        for value, theirs in ((gate, "gate_proj"), (up, "up_proj"), (layers["ffn"]["down"]["kernel"][i], "down_proj")):
+            layer[f"mlp.{theirs}.weight"] = value.T
         layer["input_layernorm.weight"] = layers["attention_norm"]["scale"][i]
         layer["post_attention_layernorm.weight"] = layers["ffn_norm"]["scale"][i]
         names |= {at + name: value for name, value in layer.items()}
@@ -85,12 +87,10 @@ def read_stories260k(path: pathlib.Path) -> tuple[ModelConfig, dict]:
             "attention_norm": {"scale": attention_norm},
             "ffn_norm": {"scale": ffn_norm},
             "attention": {
-                "q": {"kernel": rotate_half(q, N).transpose(0, 3, 1, 2)},
-                "k": {"kernel": rotate_half(k, K).transpose(0, 3, 1, 2)},
-                "v": {"kernel": v.reshape(L, K, H, D).transpose(0, 3, 1, 2)},
+                "qkv": {"kernel": np.concatenate([rotate_half(q, N), rotate_half(k, K), v.reshape(L, K, H, D)], axis=1).transpose(0, 3, 1, 2)},
                 "o": {"kernel": o.reshape(L, D, N, H).transpose(0, 2, 3, 1)},
             },
-            "ffn": {"gate": {"kernel": gate.swapaxes(1, 2)}, "up": {"kernel": up.swapaxes(1, 2)}, "down": {"kernel": down.swapaxes(1, 2)}},
+            "ffn": {"gate_up": {"kernel": np.stack([gate, up], axis=2).transpose(0, 3, 2, 1)}, "down": {"kernel": down.swapaxes(1, 2)}},
         },
     }
     model = ModelConfig(vocab_size=V, num_layers=L, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, ffn_dim=F, norm_eps=1e-5)

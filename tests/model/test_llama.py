@@ -170,7 +170,7 @@ def test_causality_by_gradients():
     assert (grads[71:] == 0).all() and (grads[:71] > 0).all()
 
 
-@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="dots"), dict(scan_layers=False)])
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="gate_up"), dict(scan_layers=False)])
 @pytest.mark.usefixtures("one_device")
 def test_remat_and_unrolling_change_nothing(change):
     params, tokens = random_params(SMALL), random_tokens(SMALL, 2, 64)

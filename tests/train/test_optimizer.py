@@ -39,8 +39,8 @@ def test_weight_decay_is_on_matrices_only():
     decayed = {jax.tree_util.keystr(path) for path, yes in jax.tree.leaves_with_path(optimizer.decay_mask(shapes.params)) if yes}
     assert decayed == {
         "['head']['kernel']",
-        *(f"['layers']['attention']['{name}']['kernel']" for name in "qkvo"),
-        *(f"['layers']['ffn']['{name}']['kernel']" for name in ("gate", "up", "down")),
+        *(f"['layers']['attention']['{name}']['kernel']" for name in ("qkv", "o")),
+        *(f"['layers']['ffn']['{name}']['kernel']" for name in ("gate_up", "down")),
     }
 
 
