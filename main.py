@@ -11,12 +11,10 @@ under Slurm or Open MPI). SIGTERM and Ctrl-C save a checkpoint, then exit 0.
 import os
 import pathlib
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # the default, 0.75, wastes 14 GB of an H100
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from absl import app, flags
 from ml_collections import config_flags
 
+from nanollama_jax import settings
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, with an optional scale after a colon: configs/phase1.py:nano.", lock_config=True)
@@ -24,6 +22,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and curv
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto; only with several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits from the same command, resumed or not; slower, and attention takes far more memory.")
 
 
 def default_workdir() -> str:
@@ -32,7 +31,8 @@ def default_workdir() -> str:
 
 
 def main(_: list[str]) -> None:
-    # Not at the top: the workers that prepare data import this file, and have no use for these.
+    settings.apply(DETERMINISTIC.value)
+    # Not at the top: settings come first, and the workers that prepare data import this file and have no use for these.
     import jax
 
     from nanollama_jax import curriculum
@@ -45,6 +45,7 @@ def main(_: list[str]) -> None:
             jax.distributed.initialize()
         elif COORDINATOR.value:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        settings.keep_compiled()
         workdir = WORKDIR.value or default_workdir()
         if "stages" in CONFIG.value:
             curriculum.run(CONFIG.value, workdir)

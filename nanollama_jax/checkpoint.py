@@ -101,10 +101,14 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
 
 
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
-    """The metadata of a checkpoint that `find` found."""
-    metadata = json.loads((pathlib.Path(workdir) / FOLDER / f"step_{step}" / "metadata" / "metadata").read_text())
-    if "context_length" not in metadata:  # the first checkpoints did not say
-        metadata["context_length"] = metadata["config"]["seq_len"]
+    """The metadata of a checkpoint that `find` found. Raises BadInput if this version cannot read it."""
+    folder = pathlib.Path(workdir) / FOLDER / f"step_{step}"
+    metadata = json.loads((folder / "metadata" / "metadata").read_text())
+    if "packed_documents" not in metadata["model"]:
+        raise BadInput(
+            f"{folder} is of an earlier version, which kept queries, keys and values apart: export it with that version (tools/export_hf.py), and "
+            "import what that gives (tools/import_hf.py)"
+        )
     return metadata
 
 

@@ -5,12 +5,15 @@ Ampere, 16-bit); `cudnn_packed` the same within documents (Hopper). A mask is ne
 0.11.2 its backward pass builds a dense gradient of it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from nanollama_jax.errors import BadInput
 from nanollama_jax.model.config import ModelConfig
 from nanollama_jax.model.packed_attention import Packing, pack, packed_attention
 
@@ -27,6 +30,11 @@ def documents_of(segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Array | 
     if config.attention == "cudnn_packed":
         return pack(segment_ids_BT, config.packed_documents)[0]
     return segment_ids_BT if config.document_mask else None
+
+
+def merged_documents(segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """How many documents of a batch attention takes for a part of the one before, for want of room: int32 scalar, 0 but for `cudnn_packed`."""
+    return jnp.sum(pack(segment_ids_BT, config.packed_documents)[1]) if config.attention == "cudnn_packed" else jnp.int32(0)
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, documents: jax.Array | Packing | None, config: ModelConfig) -> jax.Array:
@@ -68,6 +76,41 @@ def xla_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segme
         mixed = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, v_BKSH[:, :, :end], preferred_element_type=jnp.float32)
         out.append((mixed.reshape(B, K, G, end - start, H) / sums).astype(v_BKSH.dtype))
     return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def check_attention(config: ModelConfig, rows: int) -> None:
+    """Raises BadInput if attention as `config` has it does not agree with `xla` here, forward and backward: kernels have been silently wrong before.
+
+    Compares a small ragged batch, with the model's heads; `rows` is a multiple of the devices. Must be called inside `sharding.use_mesh`.
+    """
+    if config.attention == "xla":
+        return
+    T, N, K, H = 384, config.num_heads, config.num_kv_heads, config.head_dim
+    lengths = [[T], [1, 100, 37, T - 138], [128, 128, T - 256]]  # of each row's documents
+    segment_ids_BT = np.array([np.repeat(np.arange(len(row)), row) for row in (lengths[i % len(lengths)] for i in range(rows))], np.int32)
+    expected_config = dataclasses.replace(config, attention="xla", dtype="float32")
+
+    @jax.jit
+    def errors() -> jax.Array:
+        """Of the output and the gradients of queries, keys and values: norm of the difference over the norm."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        q, k, v, d_out = (jax.random.normal(key, (rows, T, heads, H), config.dtype) for key, heads in zip(keys, (N, K, K, N), strict=True))
+
+        def run(config, *arrays):
+            q, k, v, d_out = (x.astype(config.dtype) for x in arrays)
+            out, gradients_of = jax.vjp(lambda *qkv: attend(*qkv, documents_of(segment_ids_BT, config), config), q, k, v)
+            return out, *gradients_of(d_out)
+
+        pairs = zip(run(config, q, k, v, d_out), run(expected_config, q, k, v, d_out), strict=True)
+        return jnp.stack([jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs) for ours, theirs in pairs])
+
+    found = np.asarray(errors())
+    if not (found < 2e-2).all():  # NaN is not below either; rounding to 16 bits is 3e-3
+        of = ", ".join(f"{name} {error:.1e}" for name, error in zip(("output", "d query", "d key", "d value"), found, strict=True))
+        raise BadInput(
+            f"model.attention={config.attention!r} is wrong on this machine (relative errors against xla: {of}): set model.attention=xla, and try "
+            "another version of jax or cuDNN"
+        )
 
 
 def prefill_cache(k_BTKH: jax.Array, v_BTKH: jax.Array, cache: KVCache) -> KVCache:

@@ -26,6 +26,7 @@ from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import mix, pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.attention import check_attention
 from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import gates, metrics
@@ -55,9 +56,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             cleanup.enter_context(lock(workdir))
         metrics.set_up_logging(workdir, is_main)
 
-        # ---- Build the mesh
+        # ---- Build the mesh, and see that attention is right on it
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         cleanup.enter_context(sharding.use_mesh(mesh))
+        check_attention(model, rows=mesh.size)
+        if config.model.attention == "auto" and model.attention == "xla" and jax.default_backend() == "gpu":
+            log.warning("%s: no flash attention for this model here: it is dense, slow, and its memory grows with seq_len squared", config.name)
 
         # ---- Open the data
         tokenizer = Tokenizer(config.tokenizer.path)
@@ -218,7 +222,8 @@ class Meter:
         self._reporter = reporter
         self._pending: tuple[int, dict[str, jax.Array], dict[str, int], float] | None = None
         self._data_seconds = 0.0
-        self._skipped_in_a_row, self._warned = 0, False
+        self._skipped_in_a_row = 0
+        self._warned: set[str] = set()
         self.restart()
 
     def restart(self) -> None:
@@ -243,13 +248,14 @@ class Meter:
         if pending is None:
             return
         step, step_metrics, of_batch, data_seconds = pending
-        values = {name: float(value) for name, value in jax.device_get(step_metrics).items()}  # waits for the device
+        values = {name: float(value) for name, value in jax.device_get(step_metrics).items()} | of_batch  # waits for the device
         now = time.monotonic()
-        self._reporter.step(step, values | of_batch, seconds=now - self._last, data_seconds=data_seconds)
+        self._reporter.step(step, values, seconds=now - self._last, data_seconds=data_seconds)
         self._last = now
-        if of_batch["merged_documents"] and not self._warned:
-            log.warning("step %d: %d documents share a segment with another: raise data.max_segments", step, of_batch["merged_documents"])
-            self._warned = True
+        for name, remedy in (("merged_documents", "data.max_segments"), ("merged_in_attention", "model.packed_documents")):
+            if values[name] and name not in self._warned:
+                log.warning("step %d: %d documents are not kept apart from the one before: raise %s", step, values[name], remedy)
+                self._warned.add(name)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["update_skipped"] else 0
         if self._skipped_in_a_row:
             log.warning("step %d: loss or gradient is not finite; its update was skipped", step)

@@ -1,5 +1,7 @@
 """Everything about a config that can be wrong, found before anything is allocated, each in one line that says what to change."""
 
+from typing import Any
+
 import jax
 from ml_collections import ConfigDict
 
@@ -51,12 +53,22 @@ def settle(config: ConfigDict) -> ModelConfig:
     if c.wandb.mode not in ("online", "offline", "disabled"):
         raise BadInput(f"wandb.mode={c.wandb.mode!r} is unknown: choose online, offline or disabled")
 
-    model = dict(c.model)
-    on_gpu = jax.default_backend() == "gpu"
+    model, device = dict(c.model), jax.devices()[0]
     if model["dtype"] == "auto":
-        model["dtype"] = "bfloat16" if on_gpu else "float32"
+        model["dtype"] = "bfloat16" if device.platform == "gpu" else "float32"
     if model["dtype"] not in ("float32", "bfloat16"):
         raise BadInput(f"model.dtype={model['dtype']!r} is unknown: choose auto, float32 or bfloat16")
     if model["attention"] == "auto":
-        model["attention"] = "cudnn" if on_gpu and not model["document_mask"] else "xla"
+        capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
+        model["attention"] = fastest_attention(model, capability)
     return ModelConfig(**model)
+
+
+def fastest_attention(model: dict[str, Any], capability: float) -> str:
+    """The fastest attention for a device of this CUDA compute capability (9.0: Hopper, 8.0: Ampere; 0: no GPU)."""
+    flash = model["dtype"] == "bfloat16" and model["head_dim"] % 8 == 0 and model["head_dim"] <= 128
+    if flash and model["document_mask"] and capability >= 9.0:
+        return "cudnn_packed"
+    if flash and not model["document_mask"] and capability >= 8.0:
+        return "cudnn"
+    return "xla"

@@ -2,6 +2,7 @@
 as tools/plan.py and tools/benchmark.py do.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,10 +38,11 @@ def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh
 
     `shapes` is a TrainState of ShapeDtypeStructs, `shardings` one of NamedShardings.
     """
-    dummy = jnp.zeros((1, 8), jnp.int32)
+    dummy = np.zeros((1, 8), np.int32)  # numpy's: no device need be there (tools/plan.py)
+    model = dataclasses.replace(model, attention="xla")  # parameters are the same, and this one takes a single short row
 
     def boxed_params():
-        return Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, jnp.float32(10_000))["params"]
+        return Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, np.float32(10_000))["params"]
 
     def make() -> TrainState:
         params = nn.meta.unbox(boxed_params())
@@ -105,6 +107,7 @@ def train_step(
         "rope_theta": theta,
         "learnt_tokens": sums["weight"],
         "update_skipped": skipped,
+        "merged_in_attention": sums["merged"],
     }
     return new_state, metrics
 
