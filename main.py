@@ -22,7 +22,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and curv
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto; only with several processes.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "On a GPU: the same bits from the same command, resumed or not; slower, and attention takes far more memory.")
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", False, "On a GPU: the same bits from the same command, resumed or not; slower, and attention takes far more memory."
+)
 
 
 def default_workdir() -> str:

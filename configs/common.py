@@ -37,7 +37,8 @@ def base(scale: str) -> ConfigDict:
     config.model.dtype = "auto"  # bfloat16 on GPU, float32 on CPU
     config.model.attention = "auto"  # docs/recipe.md says what it picks
     config.model.document_mask = True
-    config.model.remat = "none" if nano else "full"
+    config.model.packed_documents = 8  # room in cudnn_packed for so many documents a row, on average over a device's rows
+    config.model.remat = "none" if nano else "auto"  # auto: the fastest that fits the device (model/config.py lists them)
     config.model.scan_layers = not nano  # unrolled compiles slower and runs faster: worth it for 4 layers, not for 22
 
     config.mesh = ConfigDict(dict(data=1, fsdp=-1))  # -1: all devices
@@ -91,7 +92,7 @@ def phase(scale: str, number: int, *, name: str, seq_len: int, theta: tuple[floa
     stage.tokens_per_step = TOKENS_PER_STEP[scale]
     stage.seq_len = seq_len
     stage.batch_size = stage.tokens_per_step // seq_len  # rows, over all devices and micro-batches
-    stage.accumulation = 1 if scale == "nano" else 4  # micro-batches per step; 4: 16,384 tokens at a time on each of two GPUs
+    stage.accumulation = 1  # micro-batches per step; 1: 65,536 tokens at a time on each of two 80 GB GPUs. On one of them: 2
     stage.rope = ConfigDict(dict(start_theta=theta[0], end_theta=theta[1]))
     stage.data = ConfigDict(dict(sources=shares))
     return stage

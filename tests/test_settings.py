@@ -38,5 +38,7 @@ def test_what_the_user_set_stays(monkeypatch):
 
 def test_flags_by_version():
     hiding = "--xla_gpu_enable_latency_hiding_scheduler=true"
-    assert settings.xla_flags("0.10.2", False) == [hiding] and settings.xla_flags("0.11.2", False) == settings.xla_flags("1.0.0", False) == []
+    always = ["--xla_gpu_memory_limit_slop_factor=115"]
+    assert settings.xla_flags("0.10.2", False) == [*always, hiding]
+    assert settings.xla_flags("0.11.2", False) == settings.xla_flags("1.0.0", False) == always
     assert (importlib.metadata.version("jax") < "0.11") == (hiding in settings.xla_flags(importlib.metadata.version("jax"), True))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanollama_jax import sharding
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import Block, unstack_layers
@@ -67,7 +68,8 @@ def attention_maps(model: ModelConfig, params: Any, ids: Sequence[int], rope_the
     hidden_BTD = jnp.asarray(params["embedding"]["kernel"][np.asarray(ids)][None], dtype)
     layers = []
     for i in range(model.num_layers):
-        hidden_BTD, q_BTNH, k_BTKH = _run_block(model, params[f"layers_{i}"], hidden_BTD, rope)
+        with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+            hidden_BTD, q_BTNH, k_BTKH = _run_block(model, params[f"layers_{i}"], hidden_BTD, rope)
         layers.append(jax.device_get(_pool(q_BTNH[0], k_BTKH[0], width)))
     return AttentionMaps(T, width, *(np.stack(each) for each in zip(*layers, strict=True)))
 

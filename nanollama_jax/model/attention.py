@@ -1,8 +1,8 @@
 """Causal attention with grouped key/value heads, masked to documents, behind one function.
 
 Backends: `xla` materialises the scores in float32 and is the oracle and the CPU default; `cudnn` is plain causal flash attention (Hopper and
-Ampere, 16-bit); `cudnn_packed` the same within documents (Hopper). A mask is never handed to cuDNN: jax turns it into a dense bias, and before
-0.11.2 its backward pass builds a dense gradient of it.
+Ampere, 16-bit); `cudnn_packed` the same within documents (Hopper; flash_attention.py). A mask is never handed to cuDNN: jax turns it into a dense
+bias, and before 0.11.2 its backward pass builds a dense gradient of it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model.config import ModelConfig
-from nanollama_jax.model.packed_attention import Packing, pack, packed_attention
+from nanollama_jax.model.flash_attention import Packing, flash_attention, pack
 
 
 class KVCache(NamedTuple):
@@ -39,10 +39,8 @@ def merged_documents(segment_ids_BT: jax.Array, config: ModelConfig) -> jax.Arra
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, documents: jax.Array | Packing | None, config: ModelConfig) -> jax.Array:
     """Attention output (B, T, N, H). Query head n reads key/value head n // (N // K)."""
-    if config.attention == "cudnn_packed":
-        return packed_attention(q_BTNH, k_BSKH, v_BSKH, documents)
-    if config.attention == "cudnn":
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+    if config.attention != "xla":
+        return flash_attention(q_BTNH, k_BSKH, v_BSKH, documents)
     return checkpoint_name(xla_attention(q_BTNH, k_BSKH, v_BSKH, documents), "attention")
 
 

@@ -6,7 +6,7 @@ from nanollama_jax.errors import BadInput
 
 ATTENTION_BACKENDS = ("xla", "cudnn", "cudnn_packed")
 
-# What a layer keeps for its backward pass besides its input, by the names in llama.py and packed_attention.py; the rest is computed again.
+# What a layer keeps for its backward pass besides its input, by the names in llama.py and flash_attention.py; the rest is computed again.
 # From the least memory to the most, from the slowest to the fastest.
 REMAT_POLICIES = {
     "full": (),

@@ -1,5 +1,6 @@
 """Everything about a config that can be wrong, found before anything is allocated, each in one line that says what to change."""
 
+import os
 from typing import Any
 
 import jax
@@ -7,6 +8,9 @@ from ml_collections import ConfigDict
 
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.train.memory import fastest_remat
+
+MARGIN = 0.95  # of a device's memory is what a step may need by arithmetic, which is right to 5 %
 
 
 def settle(config: ConfigDict) -> ModelConfig:
@@ -61,7 +65,25 @@ def settle(config: ConfigDict) -> ModelConfig:
     if model["attention"] == "auto":
         capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
         model["attention"] = fastest_attention(model, capability)
+    if model["remat"] == "auto":
+        shape = ModelConfig(**model | {"remat": "full"})
+        model["remat"] = fastest_remat(shape, memory_limit(device), **step_shape(c, fsdp))
     return ModelConfig(**model)
+
+
+def step_shape(config: ConfigDict, fsdp: int) -> dict[str, int]:
+    """What `memory.step_memory` wants to know of a step."""
+    return dict(
+        rows=config.batch_size, seq_len=config.seq_len, accumulation=config.accumulation, fsdp=fsdp, data=config.mesh.data,
+        chunk_tokens=config.loss.chunk_tokens,
+    )  # fmt: skip
+
+
+def memory_limit(device: jax.Device) -> float:
+    """Bytes that a step may use on a device."""
+    stats = device.memory_stats()  # None on a CPU
+    available = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return MARGIN * available
 
 
 def fastest_attention(model: dict[str, Any], capability: float) -> str:

@@ -1,4 +1,4 @@
-"""Packed attention without a GPU: all of it but cuDNN's two calls, which a plain implementation of their contract stands in for here.
+"""Flash attention without a GPU: all of it but cuDNN's two calls, which a plain implementation of their contract stands in for here.
 
 What cuDNN leaves undefined (tokens in no document, statistics beyond a document's end) is NaN here. tests/gpu runs the real calls.
 """
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from nanollama_jax import sharding
 from nanollama_jax.errors import BadInput
-from nanollama_jax.model import Llama, ModelConfig, packed_attention
+from nanollama_jax.model import Llama, ModelConfig, flash_attention
 from nanollama_jax.model.attention import attend, check_attention, documents_of, merged_documents
-from nanollama_jax.model.packed_attention import Packing, pack
+from nanollama_jax.model.flash_attention import Packing, pack
 from tests.model.oracle import random_params
 
 MODEL = ModelConfig(
@@ -68,8 +68,8 @@ def backward_stand_in(q_BTNH, k_BTKH, v_BTKH, packing, stats_ZNT, out_BTNH, d_ou
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(packed_attention, "cudnn_forward", forward_stand_in)
-    monkeypatch.setattr(packed_attention, "cudnn_backward", backward_stand_in)
+    monkeypatch.setattr(flash_attention, "cudnn_forward", forward_stand_in)
+    monkeypatch.setattr(flash_attention, "cudnn_backward", backward_stand_in)
 
 
 def segments_of(rows):
@@ -159,13 +159,13 @@ def test_the_check_at_start_passes_what_is_right_and_refuses_what_is_not(monkeyp
         def wrong_offsets(q, k, v, packing):  # as jax before 0.11.2 had them for grouped heads
             return forward_stand_in(q, k, v, packing._replace(starts_BM1=packing.starts_BM1 * 2))
 
-        monkeypatch.setattr(packed_attention, "cudnn_forward", wrong_offsets)
+        monkeypatch.setattr(flash_attention, "cudnn_forward", wrong_offsets)
         with pytest.raises(
             BadInput, match=r"'cudnn_packed' is wrong on this machine \(relative errors against xla: output .*set model.attention=xla"
         ):
             check_attention(MODEL, rows=2)
-        monkeypatch.setattr(packed_attention, "cudnn_forward", forward_stand_in)
-        monkeypatch.setattr(packed_attention, "cudnn_backward", lambda *args: tuple(2 * x for x in backward_stand_in(*args)))
+        monkeypatch.setattr(flash_attention, "cudnn_forward", forward_stand_in)
+        monkeypatch.setattr(flash_attention, "cudnn_backward", lambda *args: tuple(2 * x for x in backward_stand_in(*args)))
         with pytest.raises(BadInput, match=r"output \d.\de-03, d query 1.0e\+00"):
             check_attention(MODEL, rows=2)
 
@@ -180,7 +180,7 @@ def test_what_cudnn_is_told():
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
 
         def loss(q, k, v, segment_ids):
-            return packed_attention.packed_attention(q, k, v, pack(segment_ids, 4)[0]).astype(jnp.float32).sum()
+            return flash_attention.flash_attention(q, k, v, pack(segment_ids, 4)[0]).astype(jnp.float32).sum()
 
         text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv, jax.ShapeDtypeStruct((3, 256), jnp.int32))
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
@@ -191,9 +191,10 @@ def test_what_cudnn_is_told():
     assert "dense<512>" in text and "dense<128>" in text  # elements a token, of queries and of keys
 
 
+@pytest.mark.parametrize("attention", ["cudnn", "cudnn_packed"])
 @pytest.mark.parametrize(("remat", "forwards"), [("full", 2), ("attention", 1), ("gate_up", 1), ("none", 1)])
-def test_attention_runs_once_a_layer_unless_nothing_is_kept(remat, forwards):
-    model = dataclasses.replace(MODEL, remat=remat, head_dim=64)
+def test_attention_runs_once_a_layer_unless_nothing_is_kept(remat, forwards, attention):
+    model = dataclasses.replace(MODEL, remat=remat, head_dim=64, attention=attention, document_mask=attention == "cudnn_packed")
     params = jax.eval_shape(lambda: random_params(dataclasses.replace(model, attention="xla")))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):

@@ -1,9 +1,10 @@
-"""Causal attention within documents at flash speed: cuDNN's packed layout (Hopper and later, 16 bits), which jax has only behind its public function.
+"""Causal attention by cuDNN's flash kernels (16 bits): over whole rows (Ampere and later), or within documents, by its packed layout (Hopper and
+later), which jax has only behind its public function.
 
-cuDNN takes, for the documents of all rows one after the other, where each begins and how long it is, and never looks across. It is called here
-through the primitives under `jax.nn.dot_product_attention`, for three reasons. The layout is made once a step instead of in each layer; made here,
-it is right for grouped key/value heads in every jax (before 0.11.2 jax's own is silently wrong for them); and the softmax statistics, which cuDNN
-gives as (documents, N, T), 59 of 60 slots empty, are kept between forward and backward pass as (B, T, N).
+Packed, cuDNN takes, for the documents of all rows one after the other, where each begins and how long it is, and never looks across. It is called
+through the primitives under `jax.nn.dot_product_attention`, for these reasons. What remat is to keep, output and statistics, can be named. The
+layout is made once a step instead of in each layer; made here, it is right for grouped key/value heads in every jax (before 0.11.2 jax's own is
+silently wrong for them). And the softmax statistics, which cuDNN gives as (documents, N, T), nearly all empty, are kept as (B, T, N).
 """
 
 from typing import NamedTuple
@@ -56,61 +57,68 @@ def pack(segment_ids_BT: jax.Array, documents_per_row: int) -> tuple[Packing, ja
 
 
 @jax.custom_vjp
-def packed_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, packing: Packing) -> jax.Array:
-    """Attention output (B, T, N, H), bfloat16 like its inputs. Output and statistics carry the name "attention" for remat policies."""
+def flash_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, packing: Packing | None) -> jax.Array:
+    """Attention output (B, T, N, H), bfloat16 like its inputs; without a packing each row is one document. Output and statistics carry the name
+    "attention" for remat policies. Must be traced inside `sharding.use_mesh`."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, packing)[0]
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, packing):
     def local(q_BTNH, k_BTKH, v_BTKH, packing):
-        out_BTNH, stats_ZNT = cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing)
-        return out_BTNH, stats_ZNT[packing.document_BT, :, packing.position_BT]
+        out_BTNH, stats = cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing)
+        return out_BTNH, stats if packing is None else stats[packing.document_BT, :, packing.position_BT]
 
-    out_BTNH, stats_BTN = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)(q_BTNH, k_BTKH, v_BTKH, packing)
+    out_BTNH, stats = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)(q_BTNH, k_BTKH, v_BTKH, packing)
     # Named here, in the rule: a name put on the result outside does not keep the kernel from running again
-    out_BTNH, stats_BTN = checkpoint_name(out_BTNH, "attention"), checkpoint_name(stats_BTN, "attention")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats_BTN)
+    out_BTNH, stats = checkpoint_name(out_BTNH, "attention"), checkpoint_name(stats, "attention")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats)
 
 
 def _backward(residuals, d_out_BTNH):
-    def local(q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats_BTN, d_out_BTNH):
-        B, T, N = stats_BTN.shape
-        lengths_Z, starts_Z = packing.lengths_BM.reshape(-1), packing.starts_BM1.reshape(-1)[: packing.lengths_BM.size]
-        position_T = jnp.arange(T)
-        token_ZT = jnp.minimum(starts_Z[:, None] + position_T, B * T - 1)
-        stats_ZTN = jnp.where((position_T < lengths_Z[:, None])[..., None], stats_BTN.reshape(B * T, N)[token_ZT], 0.0)
-        return cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing, stats_ZTN.swapaxes(1, 2), out_BTNH, d_out_BTNH)
+    def local(q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats, d_out_BTNH):
+        if packing is not None:
+            B, T, N = stats.shape
+            lengths_Z, starts_Z = packing.lengths_BM.reshape(-1), packing.starts_BM1.reshape(-1)[: packing.lengths_BM.size]
+            position_T = jnp.arange(T)
+            token_ZT = jnp.minimum(starts_Z[:, None] + position_T, B * T - 1)
+            stats_ZTN = jnp.where((position_T < lengths_Z[:, None])[..., None], stats.reshape(B * T, N)[token_ZT], 0.0)
+            stats = stats_ZTN.swapaxes(1, 2)
+        return cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing, stats, out_BTNH, d_out_BTNH)
 
     run = on_each_batch_shard(local, split_args=(True,) * 7, outputs=("rows",) * 3)
     return *run(*residuals, d_out_BTNH), None
 
 
-packed_attention.defvjp(_forward, _backward)
+flash_attention.defvjp(_forward, _backward)
 
 
-def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing: Packing) -> tuple[jax.Array, jax.Array]:
-    """Output (B, T, N, H), and float32 statistics (Z, N, T), log-sum-exp of the scaled scores by document and position in it, undefined beyond
-    a document's end. Of one device."""
-    return tuple(cudnn._dot_product_attention_fwd_p.bind(*_operands(q_BTNH, k_BTKH, v_BTKH, packing), **_options(q_BTNH), is_training=True))
+def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.Array, jax.Array]:
+    """Output (B, T, N, H), and float32 statistics, log-sum-exp of the scaled scores: (B, N, T), or by document and position in it, (Z, N, T),
+    undefined beyond a document's end. Of one device."""
+    operands, options = _operands(q_BTNH, k_BTKH, v_BTKH, packing), _options(q_BTNH, packing)
+    return tuple(cudnn._dot_product_attention_fwd_p.bind(*operands, **options, is_training=True))
 
 
-def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing: Packing, stats_ZNT, out_BTNH, d_out_BTNH) -> tuple[jax.Array, jax.Array, jax.Array]:
+def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None, stats, out_BTNH, d_out_BTNH) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and values. Of one device."""
-    operands = (*_operands(q_BTNH, k_BTKH, v_BTKH, packing), stats_ZNT, out_BTNH, d_out_BTNH)
-    return tuple(cudnn._dot_product_attention_bwd_p.bind(*operands, **_options(q_BTNH)))
+    operands = (*_operands(q_BTNH, k_BTKH, v_BTKH, packing), stats, out_BTNH, d_out_BTNH)
+    return tuple(cudnn._dot_product_attention_bwd_p.bind(*operands, **_options(q_BTNH, packing)))
 
 
-def _operands(q_BTNH, k_BTKH, v_BTKH, packing: Packing) -> tuple[jax.Array, ...]:
+def _operands(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.Array, ...]:
     def elements(x_BTNH):
         """Offsets count elements. At most 2^31: a million tokens of 2,048 a device."""
         return packing.starts_BM1 * (x_BTNH.shape[2] * x_BTNH.shape[3])
 
     absent = jnp.zeros(0, q_BTNH.dtype)  # no bias, no page tables
+    if packing is None:
+        return q_BTNH, k_BTKH, v_BTKH, *[absent] * 7
     return q_BTNH, k_BTKH, v_BTKH, absent, packing.lengths_BM, packing.lengths_BM, elements(q_BTNH), elements(k_BTKH), absent, absent
 
 
-def _options(q_BTNH) -> dict:
+def _options(q_BTNH, packing: Packing | None) -> dict:
+    mask = cudnn.MaskType.CAUSAL if packing is None else cudnn.MaskType.PADDING_CAUSAL
     return dict(
-        scale=q_BTNH.shape[-1] ** -0.5, seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        scale=q_BTNH.shape[-1] ** -0.5, seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=mask,
         layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
     )  # fmt: skip
