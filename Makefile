@@ -2,6 +2,8 @@
 # make test          every test
 # make lint          the linter
 # make benchmark     speed, beside what one would use instead
+# make bench-gpu     the same on an NVIDIA GPU, at 1B scale: each command takes at most 10 minutes, the most valuable come first
+# make test-gpu      the tests that need an NVIDIA GPU (Hopper)
 
 # The first Python of version 3.11 or 3.12 that runs; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
@@ -13,7 +15,7 @@ QUICK := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 NANO := runs/curriculum_nano
 
-.PHONY: quickstart test lint benchmark
+.PHONY: quickstart test lint benchmark bench-gpu test-gpu
 quickstart: .venv/installed-$(REQUIREMENTS)
 	$(QUICK) $(RUN) main.py --config configs/curriculum.py:nano
 	$(RUN) tools/export_hf.py --checkpoint $(NANO) --out $(NANO)/exports/hf --overwrite
@@ -32,6 +34,19 @@ benchmark: .venv/installed-dev
 	$(RUN) tools/benchmark.py train
 	$(RUN) tools/benchmark.py data
 	$(RUN) tools/benchmark.py decode
+
+# A command that fails does not keep the next from running.
+bench-gpu: .venv/installed-dev
+	-$(RUN) tools/benchmark.py train --scale 1b --seq_len 4096 --json runs/benchmarks/train_4096.json
+	-$(RUN) tools/benchmark.py train --scale 1b --seq_len 16384 --json runs/benchmarks/train_16384.json
+	-$(RUN) tools/benchmark.py kernels --scale 1b --json runs/benchmarks/kernels.json
+	-$(RUN) tools/benchmark.py torch --scale 1b --seq_len 4096 --json runs/benchmarks/torch_4096.json
+	-$(RUN) tools/benchmark.py torch --scale 1b --seq_len 16384 --json runs/benchmarks/torch_16384.json
+	-$(RUN) tools/benchmark.py breakdown --scale 1b --json runs/benchmarks/breakdown_4096.json
+	-$(RUN) tools/benchmark.py decode --scale 1b --json runs/benchmarks/decode.json
+
+test-gpu: .venv/installed-dev
+	NANOLLAMA_TEST_GPU=1 $(RUN) -m pytest tests/gpu
 
 # One stamp per requirements file: a driver that comes later brings the GPU build with it.
 .venv/installed-$(REQUIREMENTS): requirements.txt $(REQUIREMENTS)

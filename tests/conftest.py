@@ -4,10 +4,11 @@
 import os
 import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compiling: fewer LLVM passes. They change the speed of a program, not its meaning.
 COMPILE_FAST = "--xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {COMPILE_FAST}"
+if os.environ.get("NANOLLAMA_TEST_GPU") != "1":  # tests/gpu
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {COMPILE_FAST}"
 
 import jax
 import pytest
