@@ -293,8 +293,11 @@ def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "checkpoints/step_60", other)
     metadata = json.loads((other / "metadata/metadata").read_text())
     metadata["model"]["norm_eps"] = 1e-6
-    del metadata["context_length"]  # as the first checkpoints were
     (other / "metadata/metadata").write_text(json.dumps(metadata))
     with pytest.raises(BadInput, match=r"several models \(other, phase1\)"):
         checkpoint.load(tmp_path / "curriculum")
     assert checkpoint.load(other).context_length == 128
+    del metadata["model"]["packed_documents"]  # as before projections were fused
+    (other / "metadata/metadata").write_text(json.dumps(metadata))
+    with pytest.raises(BadInput, match="is of an earlier version, which kept queries, keys and values apart: export it with that version"):
+        checkpoint.load(other)
