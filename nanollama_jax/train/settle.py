@@ -1,6 +1,5 @@
 """Everything about a config that can be wrong, found before anything is allocated, each in one line that says what to change."""
 
-import os
 from typing import Any
 
 import jax
@@ -66,8 +65,10 @@ def settle(config: ConfigDict) -> ModelConfig:
         capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
         model["attention"] = fastest_attention(model, capability)
     if model["remat"] == "auto":
-        shape = ModelConfig(**model | {"remat": "full"})
-        model["remat"] = fastest_remat(shape, memory_limit(device), **step_shape(c, fsdp))
+        model["remat"] = "full"
+        if device.memory_stats():  # a CPU does not say what it has, and keeps the least
+            limit = MARGIN * device.memory_stats()["bytes_limit"]
+            model["remat"] = fastest_remat(ModelConfig(**model), limit, **step_shape(c, fsdp))
     return ModelConfig(**model)
 
 
@@ -77,13 +78,6 @@ def step_shape(config: ConfigDict, fsdp: int) -> dict[str, int]:
         rows=config.batch_size, seq_len=config.seq_len, accumulation=config.accumulation, fsdp=fsdp, data=config.mesh.data,
         chunk_tokens=config.loss.chunk_tokens,
     )  # fmt: skip
-
-
-def memory_limit(device: jax.Device) -> float:
-    """Bytes that a step may use on a device."""
-    stats = device.memory_stats()  # None on a CPU
-    available = stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    return MARGIN * available
 
 
 def fastest_attention(model: dict[str, Any], capability: float) -> str:
