@@ -150,8 +150,10 @@ def test_two_at_once_into_one_folder(big_corpus, model, tmp_path):
     while not list((tmp_path / "out").glob("*.tmp")):
         assert first.poll() is None
         time.sleep(0.005)
+    first.send_signal(signal.SIGSTOP)  # or it may end while the second still imports
     second = start(tmp_path / "run2.py", big_corpus, model, tmp_path / "out")
-    _, stderr = second.communicate(timeout=30)
+    _, stderr = second.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "is being prepared by another process: wait for it to end" in stderr and stderr.count("\n") == 1, stderr
     assert first.wait(timeout=60) == 0
     assert prepare.load_manifest(tmp_path / "out")["splits"]["train"]["documents"] > 2000
