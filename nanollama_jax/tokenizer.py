@@ -22,16 +22,23 @@ from sentencepiece import sentencepiece_model_pb2
 from nanollama_jax.errors import BadInput
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"  # ChatML's, where a vocabulary was extended with them
+# What fine-tuning adds to a vocabulary, in this order, and unused pieces up to a multiple of 8 (32,000 -> 32,008).
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's
+THOUGHT_START, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
+TOOL_CALL, TOOL_RESPONSE = "<|tool_call|>", "<|tool_response|>"
+CHAT_TOKENS = (TURN_START, TURN_END, THOUGHT_START, THOUGHT_END, TOOL_CALL, TOOL_RESPONSE)
 
 # The trainer drops sentences over max_sentence_length bytes and trims newlines at their end, so documents are cut into
 # stretches that end before a space or a newline. Newlines inside and in front of a stretch are learnt: on Python code the
 # pieces ":\n", ")\n\n" ... give 3.11 bytes a token where training on single lines gives 2.93 (4,096 pieces).
+# But no piece goes on after a newline with visible text ("\n#"; 0.1 % fewer bytes a token without): chat's "<|im_start|>assistant\n" has the same
+# ids whatever the answer begins with (data/chat.py).
 _SPACE = "\u2581"  # as SentencePiece writes a space
 # Encoded at a time. Books: 1,000, 4,000, 16,000, 64,000 characters and whole ones: 3.2, 3.5, 3.2, 2.2, 0.9 MB/s; library documentation: 3.2 to 2.0
 _PART_CHARACTERS = 4000
 _CUT = re.compile(f"(?<=[^ {_SPACE}]) (?=.)", re.DOTALL)
 _STRETCH_CHARACTERS = 4000
+_LINE_START, _NOT_JOINED = re.compile(r"\n(?=\S)"), "\ue000"
 _STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STRETCH_CHARACTERS}}}")
 
 
@@ -51,7 +58,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
                     read_bytes += len(match.group().encode())
                     if read_bytes > max_bytes:
                         return
-                    yield match.group()
+                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group())
         except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
             failure = error
 
@@ -73,7 +80,8 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=4 * _STRETCH_CHARACTERS,
+            pretokenization_delimiter=_NOT_JOINED,
+            max_sentence_length=8 * _STRETCH_CHARACTERS,
             num_threads=8,  # a constant: it is stored in the model file, whose hash must not depend on the machine
             minloglevel=2,
         )
@@ -131,8 +139,26 @@ class Tokenizer:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """What ends a text: EOS, and a chat vocabulary's `<|im_end|>`."""
-        turn_end = self.control_id(CHAT_END)
+        turn_end = self.control_id(TURN_END)
         return (self.eos_id,) if turn_end is None else (self.eos_id, turn_end)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the vocabulary has all chat tokens."""
+        return all(self.control_id(piece) is not None for piece in CHAT_TOKENS)
+
+    def extended(self) -> bytes:
+        """The model of this tokenizer with `CHAT_TOKENS` as control pieces after its own, which no text becomes, and unused pieces up to a multiple
+        of 8. Raises `BadInput` for one that has any of them already."""
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
+        names = {piece.piece for piece in proto.pieces}
+        if present := [piece for piece in CHAT_TOKENS if piece in names]:
+            raise BadInput(f"the vocabulary is already extended for chat, it has {present[0]}: give a base model's")
+        unused = [f"<|unused_{i}|>" for i in range(-(self.vocab_size + len(CHAT_TOKENS)) % 8)]
+        for pieces, kind in ((CHAT_TOKENS, proto.SentencePiece.CONTROL), (unused, proto.SentencePiece.UNUSED)):
+            for piece in pieces:
+                proto.pieces.add(piece=piece, score=0.0, type=kind)
+        return proto.SerializeToString()
 
     def unfinished_bytes(self, ids: Sequence[int]) -> int:
         """How many byte pieces at the end of `ids` begin a character without completing it: 0 to 3. `decode` gives a U+FFFD for each."""

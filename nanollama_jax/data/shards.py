@@ -89,7 +89,7 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
     """The text of a prepared corpus, in the order of its shards; ids are SHARD:RECORD. Raises `BadInput` as `load_manifest` does."""
     directory, manifest = Path(directory), load_manifest(directory)
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise BadInput(f"{directory} was tokenised with another tokenizer than {tokenizer.path}: name that one")
+        raise BadInput(f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one")
     verify_shards(directory, manifest)
     for split in SPLITS:
         for path in split_shards(directory, manifest, split):

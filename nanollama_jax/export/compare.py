@@ -86,8 +86,9 @@ class LlamaCpp:
         self._context = llama_cpp.LlamaContext(self._model, params)
         self._batch = llama_cpp.LlamaBatch(n_tokens=context_length * sequences, embd=0, n_seq_max=1)
 
-    def tokenize(self, text: str) -> list[int]:
-        return self._vocab.tokenize(text, add_special=False, parse_special=False)
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """`special`: a special token's name in the text becomes it."""
+        return self._vocab.tokenize(text, add_special=False, parse_special=special)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """(T, V) float32."""

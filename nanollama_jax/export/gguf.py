@@ -14,8 +14,8 @@ from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export.hf import finite, hf_names, to_hf
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.export.tokenizer_json import CHAT_TEMPLATE, is_chat, read_model
-from nanollama_jax.tokenizer import CHAT_END, Tokenizer
+from nanollama_jax.export.tokenizer_json import PLAIN_CHAT_TEMPLATE, read_model
+from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 FLOATS = {
     "f32": (np.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -153,6 +153,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)  # llama.cpp assumes true where it is not said
-    if is_chat(tokenizer):
-        writer.add_eot_token_id(tokenizer.control_id(CHAT_END))
-        writer.add_chat_template(CHAT_TEMPLATE)
+    if tokenizer.is_chat:
+        writer.add_eot_token_id(tokenizer.control_id(TURN_END))
+        writer.add_chat_template(PLAIN_CHAT_TEMPLATE)

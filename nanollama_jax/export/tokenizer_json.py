@@ -7,14 +7,17 @@ SentencePiece. One with chat tokens cannot be: there the template's `<|im_start|
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import CHAT_END, CHAT_START, Tokenizer
+from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
+# data/chat.py in Jinja. What the assistant says stands between {% generation %} tags, which trainers want and not every Jinja knows.
 CHAT_TEMPLATE = (pathlib.Path(__file__).parent / "chat_template.jinja").read_text()
+PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
 
 
@@ -36,20 +39,15 @@ def read_model(tokenizer: Tokenizer) -> spm.ModelProto:
     return proto
 
 
-def is_chat(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary has ChatML's two tokens, so that the export brings a chat template."""
-    return tokenizer.control_id(CHAT_START) is not None and tokenizer.control_id(CHAT_END) is not None
-
-
 def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
     """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, for a chat vocabulary, `chat_template.jinja`."""
     proto = read_model(tokenizer)
     names = [piece.piece for piece in proto.pieces]
-    chat = is_chat(tokenizer)
+    chat = tokenizer.is_chat
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos_id],
-        "eos_token": CHAT_END if chat else names[tokenizer.eos_id],
+        "eos_token": TURN_END if chat else names[tokenizer.eos_id],
         "unk_token": names[proto.trainer_spec.unk_id],
         "add_bos_token": True,
         "add_eos_token": False,

@@ -12,8 +12,8 @@ from typing import Any
 import llguidance
 
 from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import TOOL_CALL
 
-TOOL_CALL = "<|tool_call|>"
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Berkeley Function Calling Leaderboard's names of types are Python's and JSON Schema's mixed.
 _JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "int": "integer", "str": "string", "bool": "boolean"}

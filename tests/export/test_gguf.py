@@ -15,7 +15,7 @@ from nanollama_jax.infer.engine import Engine
 from nanollama_jax.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
-from tests.export.test_hf import extended, our_logits
+from tests.export.test_hf import our_logits
 
 LIMITS = {"f32": 1e-9, "f16": 1e-5, "bf16": 1e-4, "q8_0": 5e-3, "q4_k_m": 5e-2}  # of the mean KL divergence, nats a token
 
@@ -93,11 +93,11 @@ def test_stories260k(shared_data, tmp_path):
 
 
 def test_a_chat_vocabulary(loaded, tmp_path):
-    tokenizer = extended(loaded.tokenizer)
+    tokenizer = Tokenizer("chat", loaded.tokenizer.extended())
     gguf.export(with_vocabulary(loaded, tokenizer), tmp_path / "chat.gguf", "f16")
     fields = gguf_library.GGUFReader(tmp_path / "chat.gguf").fields
     assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
-    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.vocab_size - 5
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.control_id("<|im_end|>")
     text = "<|im_start|>system\n<s>"
     assert LlamaCpp(tmp_path / "chat.gguf", 64).tokenize(text) == tokenizer.encode(text), "what a user writes is text"
 

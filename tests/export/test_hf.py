@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from nanollama_jax import checkpoint
+from nanollama_jax.data import chat
+from nanollama_jax.data.conversations import Message
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf, hf, llama2c
 from nanollama_jax.export.compare import Transformers
@@ -27,8 +29,6 @@ from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
 from tests.model.oracle import hf_names, read_stories260k
 from tests.trained import config_of
-
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|start_thought|>", "<|end_thought|>", "<|tool_call|>", "<|tool_response|>")
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,6 @@ def our_logits(loaded: checkpoint.Loaded, tokens: list[int]) -> np.ndarray:
 
 def with_tokenizer(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
     return checkpoint.Loaded(loaded.model, loaded.params, tokenizer, loaded.metadata, loaded.path)
-
-
-def extended(tokenizer: Tokenizer) -> Tokenizer:
-    """With the chat tokens as control pieces."""
-    proto = spm.ModelProto.FromString(tokenizer.model_bytes)
-    for name in CHAT_TOKENS:
-        proto.pieces.add(piece=name, score=0.0, type=spm.ModelProto.SentencePiece.CONTROL)
-    return Tokenizer("extended", proto.SerializeToString())
 
 
 def test_transformers_gives_our_logits(loaded, exported):
@@ -124,16 +116,12 @@ def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path
 
 def test_a_chat_vocabulary_brings_its_template(loaded, exported, tmp_path):
     assert not (exported / "chat_template.jinja").exists()
-    tokenizer = extended(loaded.tokenizer)
+    tokenizer = Tokenizer("chat", loaded.tokenizer.extended())
     hf.export(with_tokenizer(loaded, tokenizer), tmp_path / "chat")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
-    messages = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
-    start, end = (tokenizer.vocab_size - 6, tokenizer.vocab_size - 5)
-    newline = tokenizer.encode("\n")
-    turns = [[start, *tokenizer.encode(f"{m['role']}\n{m['content']}"), end, *newline] for m in messages]
-    assert theirs.apply_chat_template(messages)["input_ids"] == turns[0] + turns[1]
-    asked = theirs.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
-    assert asked == turns[0] + [start, *tokenizer.encode("assistant\n")]
+    asked = theirs.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], add_generation_prompt=True)["input_ids"]
+    assert asked == chat.encode_prompt([Message("user", "What is 2 + 2?")], tokenizer)  # tests/data/test_chat.py has the rest
+    end = tokenizer.control_id("<|im_end|>")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [2, end]
 
 

@@ -9,7 +9,6 @@ import jsonschema
 import numpy as np
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
@@ -18,7 +17,6 @@ from nanollama_jax.infer.grammar import TOOL_CALL, Grammar, json_schema, lark, r
 from nanollama_jax.tokenizer import Tokenizer
 
 PYTHON = "".join(path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py")))
-CONTROL_PIECES = ["<|im_start|>", "<|im_end|>", "<|start_thought|>", "<|end_thought|>", TOOL_CALL, "<|tool_response|>"]
 UNK, EOS = 0, 2
 
 
@@ -75,10 +73,7 @@ def base(tmp_path_factory) -> Case:
 
 @pytest.fixture(scope="session")
 def chat(base) -> Case:
-    model = sentencepiece_model_pb2.ModelProto.FromString(base.tokenizer.model_bytes)
-    for piece in CONTROL_PIECES:
-        model.pieces.add(piece=piece, type=sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL)
-    return Case(Tokenizer("chat", model.SerializeToString()), extra_rows=0)
+    return Case(Tokenizer("chat", base.tokenizer.extended()), extra_rows=0)
 
 
 @pytest.fixture(scope="session")
