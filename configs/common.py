@@ -5,7 +5,7 @@ A phase's file says what is its own: data, context, RoPE theta, steps. `curricul
 
 from ml_collections import ConfigDict
 
-from configs.corpora import BENCHMARKS, CORPORA
+from configs.corpora import BENCHMARKS, CORPORA, TUNING
 
 # vocab 32,000 everywhere but at nano scale; d_model and ffn_dim are multiples of 256, so that llama.cpp's K-quants apply
 MODELS = {
@@ -29,6 +29,7 @@ def base(scale: str) -> ConfigDict:
     nano = scale == "nano"
     config = ConfigDict()
     config.scale = scale
+    config.task = "pretrain"  # or sft, dpo
     config.seed = 0
     config.init_from = ""  # a workdir whose latest checkpoint (params, optimizer, step) to start from
 
@@ -50,16 +51,22 @@ def base(scale: str) -> ConfigDict:
 
     config.tokenizer = ConfigDict(dict(path="data/nano/tokenizer.model" if nano else "data/tokenizer.model"))
     config.tokenizer.vocab_size = config.model.get_ref("vocab_size")
+    config.tokenizer.base = ""  # sft, dpo: the model that `path` extends with the chat tokens
     config.tokenizer.training_bytes = 8_000_000 if nano else 1_000_000_000
     config.tokenizer.sources = NANO_CORPORA if nano else ("fineweb_edu",)  # what it is trained on
 
     config.corpora = ConfigDict()  # what this recipe prepares: configs/corpora.py
+    config.tuning = ConfigDict()  # conversations and pairs to fine-tune on: configs/corpora.py
     config.data = ConfigDict(dict(dir="data/nano" if nano else "data", prepare_tasks=8 if nano else 256))
     config.data.validation_fraction = 0.02 if nano else 0.0005
     config.data.benchmarks = ConfigDict(dict.fromkeys(BENCHMARKS, "") if nano else BENCHMARKS)  # kept out; nano, which needs no network, has no URLs
     config.data.max_segments = 64
+    config.data.tuning_validation_fraction = 0.05 if nano else 0.01  # of conversations and pairs
     config.data.sources = ConfigDict()  # name -> share of the rows
     config.data.validation = ()  # corpora to measure perplexity on; empty: those in data.sources
+
+    config.preference = ConfigDict(dict(beta=0.1, label_smoothing=0.0, length_normalised=False))  # of dpo
+    config.samples = ConfigDict(dict(every=0, prompts=(), max_new_tokens=200))  # sft, dpo: greedy replies in the log
 
     config.log_every = 10
     config.validation = ConfigDict(dict(every=100 if nano else 2000, tokens=16_384 if nano else 2_097_152))  # tokens per source
@@ -98,15 +105,39 @@ def phase(scale: str, number: int, *, name: str, seq_len: int, theta: tuple[floa
     return stage
 
 
+def tuning(
+    scale: str, task: str, *,
+    steps: int, rows: int, seq_len: int, peak_lr: float, warmup_steps: int, shares: dict[str, float], prompts: tuple[str, ...],
+) -> ConfigDict:  # fmt: skip
+    """What is a fine-tuning stage's own: its steps count from 0, the learning rate goes up over `warmup_steps` and down to 0."""
+    nano = scale == "nano"
+    vocab_size = MODELS[scale]["vocab_size"] + 8
+    stage = ConfigDict(dict(name=task, task=task, start_step=0, end_step=steps, seq_len=seq_len, batch_size=rows, accumulation=1))
+    stage.tokens_per_step = rows * seq_len
+    stage.model = ConfigDict(dict(vocab_size=vocab_size, packed_documents=32))
+    stage.tokenizer = ConfigDict(dict(vocab_size=vocab_size))
+    stage.tokenizer.base = "data/nano/tokenizer.model" if nano else "data/tokenizer.model"
+    stage.tokenizer.path = stage.tokenizer.base.replace(".model", "_chat.model")
+    stage.rope = ConfigDict(dict(start_theta=500_000.0, end_theta=500_000.0))
+    stage.loss = ConfigDict(dict(z_loss=0.0))
+    stage.optimizer = ConfigDict(dict(peak_lr=peak_lr))
+    stage.schedule = ConfigDict(dict(warmup_steps=warmup_steps, decay_start=warmup_steps, total_steps=steps))
+    stage.data = ConfigDict(dict(sources=shares, validation=()))
+    stage.gates = ConfigDict(dict(perplexity=()))
+    stage.samples = ConfigDict(dict(every=steps if nano else 500, prompts=prompts))
+    return stage
+
+
 def recipe(scale: str, stages: list[ConfigDict]) -> ConfigDict:
-    """A single phase's config, or that of several in order (`config.stages`), with the corpora that they read."""
+    """A single stage's config, or that of several in order (`config.stages`), with the corpora that they read."""
     config = base(scale)
-    names = dict.fromkeys(name for stage in stages for name in stage.data.sources)
-    if scale == "nano":
+    names = dict.fromkeys(name for stage in stages if "task" not in stage for name in stage.data.sources)
+    if scale == "nano" and names:
         names = dict.fromkeys(NANO_CORPORA)  # small enough to always have all, and the tokenizer is trained on them
     with config.unlocked():
         part = PHASE_ENDS[scale][-1] / PHASE_ENDS["1b"][-1]  # of the budgets, which are those of 1b
         config.corpora = ConfigDict({name: CORPORA[name] | {"max_tokens": int(CORPORA[name]["max_tokens"] * part)} for name in names})
+        config.tuning = ConfigDict({name: TUNING[name] for stage in stages if "task" in stage for name in stage.data.sources})
         if len(stages) == 1:
             config.update(stages[0])
         else:

@@ -27,6 +27,7 @@ from nanollama_jax.model.llama import unstack_layers
 from nanollama_jax.tokenizer import Tokenizer
 
 FOLDER = "checkpoints"
+TASKS = ("pretrain", "sft", "dpo")  # in the order of a curriculum; each counts its steps anew
 
 
 class Checkpoints:
@@ -141,9 +142,12 @@ def load(path: str | os.PathLike) -> Loaded:
     stages = [path] if find(path) else sorted(stage for stage in path.glob("*/") if find(stage))
     if not stages:
         raise BadInput(_why_none(path))
-    if len(stages) > 1 and len({json.dumps(read_metadata(*find(stage))["model"]) for stage in stages}) > 1:
-        raise BadInput(f"{path} holds several models ({', '.join(stage.name for stage in stages)}): name one of them")
-    workdir, step = max((find(stage) for stage in stages), key=lambda found: found[1])
+    found = {stage: find(stage) for stage in stages}
+    tasks = {stage: TASKS.index(read_metadata(*at).get("config", {}).get("task", "pretrain")) for stage, at in found.items()}
+    last = [stage for stage in stages if tasks[stage] == max(tasks.values())]
+    if len({json.dumps(read_metadata(*found[stage])["model"]) for stage in last}) > 1:
+        raise BadInput(f"{path} holds several models ({', '.join(stage.name for stage in last)}): name one of them")
+    workdir, step = max((found[stage] for stage in last), key=lambda at: at[1])
     folder = (workdir / FOLDER / f"step_{step}").absolute()
     try:
         metadata = read_metadata(workdir, step)

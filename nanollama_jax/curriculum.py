@@ -11,7 +11,8 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data import mix
+from nanollama_jax.checkpoint import TASKS
+from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
@@ -30,7 +31,7 @@ def stage_config(config: ConfigDict, name: str, init_from: str) -> ConfigDict:
 
 
 def stage_names(config: ConfigDict) -> list[str]:
-    return sorted(config.stages, key=lambda name: config.stages[name].start_step)
+    return sorted(config.stages, key=lambda name: (TASKS.index(config.stages[name].get("task", "pretrain")), config.stages[name].start_step))
 
 
 def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -55,13 +56,16 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
 
     if jax.process_count() == 1:
         prepare_all(config)
+        for stage in stages.values():
+            if stage.task != "pretrain":
+                finetuning.prepare_stage(stage)
     elif missing := [name for name in config.corpora if not (pathlib.Path(config.data.dir) / name / MANIFEST).exists()]:
         raise BadInput(
             f"{missing[0]} is not prepared in {config.data.dir}: with several processes run tools/prepare_data.py with the same config first"
         )
     if len(stages) > 1:
         tokenizer = Tokenizer(config.tokenizer.path)
-        times = mix.epochs_of_all(mix.open_mix(stage, tokenizer) for stage in stages.values())
+        times = mix.epochs_of_all(mix.open_mix(stage, tokenizer) for stage in stages.values() if stage.task == "pretrain")
         for line in mix.repetition_warnings(times, "the whole curriculum"):
             metrics.console.print(f"warning: {line}", soft_wrap=True)
     for name, stage in stages.items():
@@ -78,22 +82,28 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
 def summarise(names: list[str], workdir: pathlib.Path) -> None:
     """Prints what each stage did and writes `WORKDIR/curves.png` and `summary.json`."""
     rows = {name: metrics.read_rows(workdir / name / "metrics.jsonl") for name in names}
-    table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity", title="Curriculum")
+    table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
     summary = {}
     for name in names:
         steps = [row for row in rows[name] if "loss" in row]
-        final = [row for row in rows[name] if "validation_perplexity" in row][-1]
+        final = [row for row in rows[name] if "validation_perplexity" in row or "validation" in row][-1]
         minutes = sum(row["seconds"] for row in steps) / 60
-        perplexity = final["validation_perplexity"]
-        summary[name] = {"last_step": steps[-1]["step"], "final_loss": steps[-1]["loss"], "minutes": round(minutes, 2), "perplexity": perplexity}
-        shown = "  ".join(f"{source} {value:,.2f}" for source, value in perplexity.items() if source != "all")
+        summary[name] = {"last_step": steps[-1]["step"], "final_loss": steps[-1]["loss"], "minutes": round(minutes, 2)}
+        if perplexity := final.get("validation_perplexity"):
+            summary[name]["perplexity"] = perplexity
+            shown = "  ".join(f"{source} {value:,.2f}" for source, value in perplexity.items() if source != "all")
+        else:
+            summary[name]["validation"] = final["validation"]
+            shown = "  ".join(f"{source}: accuracy {value['accuracy']:.3f}" for source, value in final["validation"].items() if source != "all")
         table.add_row(name, f"{steps[0]['step'] - 1} -> {steps[-1]['step']}", f"{minutes:.1f}", f"{steps[-1]['loss']:.3f}", shown)
     metrics.console.print(table)
     first = next(row["validation_perplexity"] for row in rows[names[0]] if "validation_perplexity" in row)
-    last = summary[names[-1]]["perplexity"]
+    last = next(summary[name]["perplexity"] for name in reversed(names) if set(first) & set(summary[name].get("perplexity", ())) - {"all"})
     for source in sorted(set(first) & set(last) - {"all"}):
         fold = first[source] / last[source]
-        metrics.console.print(f"validation perplexity of {source}: {first[source]:,.1f} at step 0, {last[source]:,.2f} now: {fold:.0f}-fold lower")
+        shown = f"{first[source]:,.1f} at step 0, {last[source]:,.2f} after pre-training: {fold:.0f}-fold lower"
+        metrics.console.print(f"validation perplexity of {source}: {shown}")
     (workdir / "summary.json").write_text(json.dumps({"first_validation": first, "stages": summary}, indent=1) + "\n")
-    metrics.plot_curves([workdir / name / "metrics.jsonl" for name in names], workdir / "curves.png")
+    pretraining = [name for name in names if not {"sft", "dpo"} & {name}]
+    metrics.plot_curves([workdir / name / "metrics.jsonl" for name in pretraining], workdir / "curves.png")
     metrics.console.print(f"Curves: {workdir / 'curves.png'}   Checkpoints: {workdir / names[-1] / checkpoint.FOLDER}", soft_wrap=True)

@@ -1,8 +1,11 @@
-"""Scores a checkpoint and prints a table; with --out also writes the results as JSON. Tasks so far: perplexity.
+"""Scores a checkpoint and prints a table; with --out also writes the results as JSON. Tasks so far: perplexity, reasoning and tools.
 
 python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks perplexity --text 'file://texts/*.jsonl' --text builtin://docs
 python tools/evaluate.py --checkpoint runs/1b --tasks perplexity --text file://wiki.test.txt --rule llama.cpp --out scores.json
 
+python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks reasoning,tools --questions 300 --out scores.json
+
+reasoning and tools are questions of the built-in conversations' test splits, to fine-tuned models (nanollama_jax/evals/verifiable.py).
 Perplexity is that of running text (URLs as in nanollama_jax/data/sources.py), by one of two rules: nanollama_jax/evals/perplexity.py says which.
 """
 
@@ -19,11 +22,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax import checkpoint
 from nanollama_jax.data import sources
 from nanollama_jax.errors import BadInput, one_line_errors
-from nanollama_jax.evals import perplexity
+from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
 from nanollama_jax.infer.engine import Engine
+from nanollama_jax.infer.samples import show
 
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "reasoning", "tools")
 
 
 def main() -> None:
@@ -31,6 +35,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the results")
+    parser.add_argument("--questions", type=int, default=300, help="reasoning, tools: how many of each (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="reasoning, tools: print the first N replies")
     group = parser.add_argument_group("perplexity")
     group.add_argument("--text", action="append", default=[], metavar="URL", help="a text; can be given several times, each has its own row")
     group.add_argument("--rule", default="sliding", choices=perplexity.RULES, help="how windows are laid (default: %(default)s)")
@@ -39,11 +45,34 @@ def main() -> None:
     group.add_argument("--max_tokens", type=int, default=1_000_000, help="tokens to use of each text (default: %(default)s)")
     arguments = parser.parse_args()
     with one_line_errors():
-        if unknown := set(arguments.tasks.split(",")) - set(TASKS):
+        tasks = arguments.tasks.split(",")
+        if unknown := set(tasks) - set(TASKS):
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
-        results = measure_perplexity(arguments)
+        results = measure_perplexity(arguments) if "perplexity" in tasks else {}
+        if {"reasoning", "tools"} & set(tasks):
+            results |= ask(arguments, [task for task in tasks if task != "perplexity"])
         if arguments.out:
             write_json(pathlib.Path(arguments.out), results)
+
+
+def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
+    if arguments.questions < 1:
+        raise BadInput(f"--questions={arguments.questions}: ask at least one")
+    engine = Engine.from_checkpoint(arguments.checkpoint)
+    results = {}
+    for task in tasks:
+        verdicts = []
+        for verdict in {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions):
+            verdicts.append(verdict)
+            if len(verdicts) <= arguments.show:
+                print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}", *show(verdict.reply), sep="\n    ")
+        results[task] = verifiable.shares(verdicts)
+        print(f"{task}: test split, greedy" + (", the first call, under the tools' grammar" if task == "tools" else ""))
+        for kind, found in results[task].items():
+            error = (found["right"] * (1 - found["right"]) / found["count"]) ** 0.5
+            valid = f"   valid {found['valid']:6.1%}" if task == "tools" else ""
+            print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {error:.1%}{valid}")
+    return results
 
 
 def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from nanollama_jax.data.estimate import print_estimates
 from nanollama_jax.data.executor import KINDS, Executor
+from nanollama_jax.data.finetuning import prepare_stage
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.errors import flags_parser, one_line_errors
 
@@ -36,6 +37,9 @@ def main(_: list[str]) -> None:
     with one_line_errors():
         if DRY_RUN.value:
             print_estimates(CONFIG.value)
+            return
+        if CONFIG.value.task != "pretrain":
+            prepare_stage(CONFIG.value)
             return
         prepare_all(CONFIG.value, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
 

@@ -51,10 +51,13 @@ class Source:
         return self.manifest["splits"][split]["tokens"]
 
 
-def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer) -> Source:
-    """Raises BadInput for a missing corpus, one tokenised by another tokenizer, or a missing or truncated shard."""
+def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, kind: str = "documents") -> Source:
+    """`kind`: documents, or one of finetuning.KINDS. Raises BadInput for a missing corpus, one of another kind or tokenised by another tokenizer, or
+    a missing or truncated shard."""
     directory = pathlib.Path(directory) / name
     manifest = load_manifest(directory)
+    if (found := manifest.get("kind", "documents")) != kind:
+        raise BadInput(f"{directory} holds {found} and this stage trains on {kind}: name another source in data.sources")
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise BadInput(
             f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}, this one is {tokenizer.sha256[:12]}): "
@@ -81,7 +84,7 @@ def train_batches(
         packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
         window = shuffle_window(seq_len, rows and int(rows * weight / total))
-        shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=_own_seed(seed, name))
+        shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=own_seed(seed, name))
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
 
@@ -129,13 +132,13 @@ def begin_at(
     return state | {"parents": parents}, sorted(anew)
 
 
-def _own_seed(seed: int, name: str) -> int:
+def own_seed(seed: int, name: str) -> int:
     return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
 
 
 def packed_rows(source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int) -> grain.IterDataset:
     """Endless rows of the training documents in shuffled order, each epoch in another; a document's rows follow each other."""
-    documents = _documents(source, "train", tokenizer).seed(_own_seed(seed, source.name)).shuffle().repeat()
+    documents = _documents(source, "train", tokenizer).seed(own_seed(seed, source.name)).shuffle().repeat()
     return PackIterDataset(documents.to_iter_dataset(READ_AHEAD), seq_len, max_segments)
 
 

@@ -8,7 +8,8 @@
     tfds://NAME?data_dir=PATH            a TensorFlow Datasets set prepared as array_record; TensorFlow itself is not needed
 
 Options follow a question mark: `text=FIELD` names the field with the text ("text"); `split`, `name` and `data_dir` mean what they
-mean to the library that reads. Whatever is wrong with the data raises `BadInput` that names the file and line; only documents
+mean to the library that reads; `tree=oasst` makes conversations of OpenAssistant's messages (data/oasst.py), with `lang=en` of those trees
+alone that begin in English. Whatever is wrong with the data raises `BadInput` that names the file and line; only documents
 without any visible text are passed over. Ranks read different files where there are enough; where there are fewer files than ranks,
 each rank opens a single file, and the ranks that share it take its documents in turn (preparation lets few share a file that is slow to
 unpack: split a large .xz).
@@ -30,7 +31,7 @@ from typing import BinaryIO
 
 from datatrove.data import Document
 
-from nanollama_jax.data import builtin
+from nanollama_jax.data import builtin, oasst, reasoning, tool_conversations
 from nanollama_jax.errors import BadInput
 
 _RANKS_A_FILE = {".xz": 2, ".gz": 8}
@@ -84,7 +85,11 @@ def read_records(
     """
     scheme, path, options = _parse(url)
     options.pop("text", None)
-    for where, record in _SCHEMES[scheme][0](path, rank, world_size, columns=columns, **options):
+    tree, lang = options.pop("tree", None), options.pop("lang", None)
+    if tree and world_size > 1:
+        raise BadInput(f"source {url!r}: {world_size} ranks would tear its trees apart: read it with one")
+    records = _SCHEMES[scheme][0](path, rank, world_size, columns=None if tree else columns, **options)
+    for where, record in oasst.conversations(records, lang) if tree else records:
         if strict and isinstance(record, BadInput):
             raise record
         yield where, record
@@ -124,6 +129,10 @@ def _parse(url: str) -> tuple[str, str, dict[str, str]]:
         raise BadInput(f"source {url!r}: options are written ?key=value&key=value") from error
     if unknown := options.keys() - known_options:
         raise BadInput(f"source {url!r} has unknown option {min(unknown)!r}: there are {', '.join(known_options) or 'none'}")
+    if options.get("tree", "oasst") != "oasst":
+        raise BadInput(f"source {url!r}: tree={options['tree']} is not known: there is oasst")
+    if "lang" in options and "tree" not in options:
+        raise BadInput(f"source {url!r}: lang chooses among trees: add &tree=oasst, or leave it out")
     return match["scheme"], match["path"], options
 
 
@@ -135,9 +144,17 @@ def _deal(count: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
     return [(number, rank // count, -(-(world_size - number) // count))]  # as many steps as there are ranks on this file
 
 
-def _read_builtin(name: str, rank: int, world_size: int, columns: list[str] | None) -> Iterator[tuple[str, dict]]:
-    for document_id, text in builtin.read(name, rank, world_size):
-        yield f"builtin://{document_id}", {"text": text}
+def _read_builtin(
+    name: str, rank: int, world_size: int, columns: list[str] | None, rows: str = "1000", split: str = "train"
+) -> Iterator[tuple[str, dict]]:
+    if name not in _GENERATED:
+        for document_id, text in builtin.read(name, rank, world_size):
+            yield f"builtin://{document_id}", {"text": text}
+        return
+    if not rows.isdecimal() or split not in ("train", "test"):
+        raise BadInput(f"builtin://{name}?rows={rows}&split={split}: rows is a number, and split is train or test")
+    for index in range(rank, int(rows), world_size):
+        yield f"builtin://{name}/{split}:{index + 1}", _GENERATED[name](split, index)
 
 
 def _read_files(pattern: str, rank: int, world_size: int, columns: list[str] | None) -> Iterator[tuple[str, dict | BadInput]]:
@@ -303,6 +320,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+# Rows to fine-tune on
+_GENERATED = {"tools": tool_conversations.conversations, "math": reasoning.conversations, "right_or_wrong": reasoning.preferences}
 _READERS = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -313,8 +332,8 @@ _READERS = {
     ".parquet": _read_parquet,
 }
 _SCHEMES = {
-    "builtin": (_read_builtin, ()),
-    "file": (_read_files, ("text",)),
-    "hf": (_read_hub, ("text", "name", "split", "data_dir", "file")),
+    "builtin": (_read_builtin, ("rows", "split")),
+    "file": (_read_files, ("text", "tree", "lang")),
+    "hf": (_read_hub, ("text", "name", "split", "data_dir", "file", "tree", "lang")),
     "tfds": (_read_tfds, ("text", "split", "data_dir")),
 }

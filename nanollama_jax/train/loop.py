@@ -2,6 +2,7 @@
 the functions below it are its paragraphs.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -23,16 +24,20 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint, sharding
-from nanollama_jax.data import mix, pipeline
+from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
+from nanollama_jax.infer import samples
+from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.attention import check_attention
-from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train import step as steps
+from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
-from nanollama_jax.train.origin import find_origin, known_order
+from nanollama_jax.train.objectives import means
+from nanollama_jax.train.origin import find_origin, known_order, weights_to_start_from
+from nanollama_jax.train.reference import open_reference
 from nanollama_jax.train.settle import settle
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -67,29 +72,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         tokenizer = Tokenizer(config.tokenizer.path)
         if tokenizer.vocab_size != model.vocab_size:
             raise BadInput(f"{config.tokenizer.path} has {tokenizer.vocab_size} pieces and model.vocab_size={model.vocab_size}: make them agree")
-        validated = config.data.validation or tuple(config.data.sources)
-        sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in dict.fromkeys((*config.data.sources, *validated))}
-        packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
-        shares = dict(config.data.sources)
-        rows = (config.end_step - config.start_step) * config.batch_size
-        batches = iter(pipeline.train_batches(sources, shares, tokenizer, batch_size=config.batch_size, seed=config.seed, rows=rows, **packing))
+        feed = open_feed(config, tokenizer)
+        batches, tuning = feed.batches, config.task != "pretrain"
         cleanup.callback(batches.close)
-        for line in mix.repetition_warnings(mix.epochs(sources, shares, rows * config.seq_len), config.name):
-            log.warning("%s", line)
-        validation_data = {
-            name: pipeline.validation_batches(
-                sources[name], tokenizer, batch_size=config.batch_size // config.accumulation,
-                max_rows=max(1, config.validation.tokens // config.seq_len), **packing,
-            )
-            for name in validated
-        }  # fmt: skip
 
         # ---- Shape the state (nothing is allocated yet)
         program = steps.program(config, model, mesh)
         shapes, shardings, rope_theta = program.state_shapes, program.state_shardings, program.rope_theta
 
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
-        about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: sources[k] for k in config.data.sources})}
+        about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: feed.sources[k] for k in config.data.sources})}
         origin, origin_step = find_origin(config, workdir, model, about_data)
         before = checkpoint.read_metadata(origin, origin_step) if origin else {}
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
@@ -104,17 +96,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             state = program.make_state()
         elif origin == workdir:
             state, data = checkpoints.restore(origin_step, shapes, shardings)
-            read_before = known_order(data, workdir)["positions"]
+            read_before = data["positions"] if tuning else known_order(data, workdir)["positions"]
             batches.set_state(data["batches"])
-        elif checkpoint.read_metadata(origin, origin_step).get("weights_only"):
-            params = checkpoint.load(origin / checkpoint.FOLDER / f"step_{origin_step}").params
-            params = stack_layers(params, model.num_layers) if model.scan_layers else params
+        elif tuning or before.get("weights_only"):
+            params = weights_to_start_from(config, origin, origin_step, model)
             state = program.make_state().replace(params=jax.device_put(params, shardings.params))
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, data = other.restore(origin_step, shapes, shardings)
             read_before = known_order(data, origin)["positions"]
-            position, anew = pipeline.begin_at(batches.get_state(), read_before, sources, config.seed)
+            position, anew = pipeline.begin_at(batches.get_state(), read_before, feed.sources, config.seed)
             batches.set_state(position)
             if anew:
                 log.warning("%s: read from their beginning, for the seed or the corpus is another than before: %s", config.name, ", ".join(anew))
@@ -126,6 +117,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             "%s: %s parameters, %s attention, %s, remat %s, on %d %s (data=%d, fsdp=%d)", config.name, f"{model.num_params:,}", model.attention,
             model.dtype, model.remat, len(devices), devices[0].device_kind, *mesh.devices.shape,
         )  # fmt: skip
+
+        reference = None
+        if config.task == "dpo":
+            start = lambda: jax.device_put(weights_to_start_from(config, *checkpoint.find(config.init_from), model), shardings.params)  # noqa: E731
+            known = before.get("reference_sha256") if origin == workdir else None
+            theta = float(rope_theta(step))
+            reference = open_reference(config, workdir, feed, known, start, model, theta, mesh)
+            feed.validation = {name: [reference.attach(batch) for batch in found] for name, found in feed.validation.items()}
+            inherited["reference_sha256"] = reference.fingerprint
 
         # ---- Report and compile
         reporter = metrics.Reporter(
@@ -147,17 +147,24 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         def validate() -> float:
             theta = np.float32(rope_theta(step))
-            perplexity = {name: measure_perplexity(program.measure, state.params, theta, data, mesh) for name, data in validation_data.items()}
-            # The stage's own perplexity is that of its mix: mean loss weighted by share of the rows
-            shares = {name: share / sum(config.data.sources.values()) for name, share in config.data.sources.items() if name in perplexity}
-            perplexity["all"] = float(np.exp(sum(share * np.log(perplexity[name]) for name, share in shares.items()) / sum(shares.values())))
-            reporter.validation(step, perplexity)
-            return perplexity["all"]
+            found = {name: measure_all(program.measure, state.params, theta, batches, mesh) for name, batches in feed.validation.items()}
+            # The stage's own figures are those of its mix: means weighted by share of the rows
+            shares = {name: share / sum(config.data.sources.values()) for name, share in config.data.sources.items() if name in found}
+            found["all"] = {
+                key: sum(share * found[name][key] for name, share in shares.items()) / sum(shares.values()) for key in next(iter(found.values()))
+            }
+            reporter.validation(step, found)
+            return float(np.exp(found["all"]["loss"]))
+
+        def sample() -> None:
+            engine = Engine(model, state.params, tokenizer, rope_theta=float(rope_theta(step)), context_length=inherited["context_length"], mesh=mesh)
+            for line in samples.lines(engine, config.samples.prompts, config.samples.max_new_tokens):
+                log.info("%s step %d  %s", config.name, step, line)
 
         def save() -> None:
             about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited
             position = batches.get_state()
-            data = {"batches": position, "positions": read_before | pipeline.positions(position, sources, config.seed)}
+            data = {"batches": position, "positions": {} if tuning else read_before | pipeline.positions(position, feed.sources, config.seed)}
             checkpoints.save(step, state, data, about, tokenizer.model_bytes)
 
         def pass_gate(perplexity: float | None) -> None:
@@ -174,6 +181,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 checkpoints.wait()
                 raise RunStopped(f"{text}. The run is saved; to go on all the same, run it again with --config.gates.enforce=False")
 
+        samples_now = tuning and jax.process_count() == 1 and config.samples.every and config.samples.prompts  # an engine is one process's
         if step == 0:
             validate()
         pass_gate(None)  # one that held the run before
@@ -183,7 +191,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 batch = next(batches)
             if step == first_step:
                 log.info("%s: first row: %s", config.name, show_row(batch, tokenizer))
-            state, step_metrics = update(state, sharding.put_batch(batch, mesh))
+            state, step_metrics = update(state, sharding.put_batch(reference.attach(batch) if reference else batch, mesh))
             step += 1
             merged = pipeline.merged_documents(batch, tokenizer.bos_id)
             meter.take(step, step_metrics, {"batch_crc32": zlib.crc32(batch["tokens"]), "merged_documents": merged})
@@ -192,12 +200,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             at_gate = gate_limits(step) is not None
             to_validate = step % config.validation.every == 0 or step == config.end_step or at_gate
             to_save = step % config.checkpoint.every == 0 or step == config.end_step or at_gate or stop
-            if to_validate or to_save:
+            to_sample = samples_now and not stop and (step % config.samples.every == 0 or step == config.end_step)
+            if to_validate or to_save or to_sample:
                 meter.flush()
                 # In this order: what a checkpoint claims to have been validated is on record; a gate holds a run that is saved.
                 perplexity = validate() if to_validate and (not stop or step == config.end_step) else None
                 if to_save:
                     save()
+                if to_sample:
+                    sample()
                 if perplexity is not None:
                     pass_gate(perplexity)
                 meter.restart()
@@ -265,12 +276,14 @@ class Meter:
             )
 
 
-def measure_perplexity(measure: Callable, params: Any, rope_theta: np.float32, batches: list[pipeline.Batch], mesh) -> float:
-    ce = weight = 0.0
+def measure_all(measure: Callable, params: Any, rope_theta: np.float32, batches: list[pipeline.Batch], mesh) -> dict[str, float]:
+    """The objective's means over all batches."""
+    total: collections.Counter[str] = collections.Counter()
     for batch in batches:
-        batch_ce, batch_weight = jax.device_get(measure(params, sharding.put_batch(batch, mesh), rope_theta))
-        ce, weight = ce + float(batch_ce), weight + float(batch_weight)
-    return float(np.exp(ce / weight))
+        sums = jax.device_get(measure(params, sharding.put_batch(batch, mesh), rope_theta))
+        for name, value in sums.items():
+            total[name] += float(value)
+    return {name: float(value) for name, value in means(total).items()}
 
 
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:

@@ -26,6 +26,57 @@ def cross_entropy(hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss: floa
     return sums
 
 
+def token_logprobs(hidden_BTD, head_DV, targets_BT, chunk_tokens: int):
+    """(B, T) float32 natural-log probabilities of the targets, without a gradient, by the same products as `cross_entropy`'s."""
+
+    def local(hidden_BTD, head_DV, targets_BT):
+        B, T, D = hidden_BTD.shape
+        size = min(chunk_tokens, B * T)
+
+        def one_chunk(chunk):
+            hidden_CD, targets_C = chunk
+            logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
+            return jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1)
+
+        hidden = jnp.pad(hidden_BTD.reshape(B * T, D), [(0, -(B * T) % size), (0, 0)]).reshape(-1, size, D)
+        targets = jnp.pad(targets_BT.reshape(B * T), (0, -(B * T) % size)).reshape(-1, size)
+        return (jax.lax.map(one_chunk, (hidden, targets)).reshape(-1)[: B * T].reshape(B, T),)
+
+    hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV))
+    head_DV = nn.with_logical_constraint(head_DV.astype(hidden_BTD.dtype), ("embed", "vocab"))
+    return on_each_batch_shard(local, split_args=(True, False, True), outputs=("rows",))(hidden_BTD, head_DV, targets_BT)[0]
+
+
+def preference_loss(logprobs_BM, reference_BM, counts_BM, beta: float, label_smoothing: float, length_normalised: bool):
+    """DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7; label smoothing as in Mitchell's note on cDPO) of pairs in neighbouring columns,
+    chosen then rejected: `(loss, d_logprobs_BM, sums)`, the sum over pairs, its derivative, and what is logged.
+
+    `logprobs_BM` and `reference_BM` are summed log-probabilities of the answers' tokens, of which there are `counts_BM` (0: no such answer);
+    `length_normalised` divides both by it. As in TRL, rewards are beta times what the policy gained on the reference.
+    """
+    exists_BP = (counts_BM[:, ::2] > 0).astype(jnp.float32)
+    per_token = 1.0 / jnp.maximum(counts_BM, 1.0) if length_normalised else jnp.ones_like(counts_BM)
+
+    def summed(logprobs_BM):
+        rewards_BM = beta * per_token * (logprobs_BM - reference_BM)
+        margin_BP = rewards_BM[:, ::2] - rewards_BM[:, 1::2]
+        loss_BP = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_BP) - label_smoothing * jax.nn.log_sigmoid(-margin_BP)
+        return jnp.sum(exists_BP * loss_BP), (rewards_BM, margin_BP)
+
+    (loss, (rewards_BM, margin_BP)), d_logprobs_BM = jax.value_and_grad(summed, has_aux=True)(logprobs_BM)
+    over_pairs = lambda x_BP: jnp.sum(exists_BP * x_BP)  # noqa: E731
+    sums = {
+        "accuracy": over_pairs(margin_BP > 0),
+        "margin": over_pairs(margin_BP),
+        "reward_chosen": over_pairs(rewards_BM[:, ::2]),
+        "reward_rejected": over_pairs(rewards_BM[:, 1::2]),
+        "logprob_chosen": over_pairs(logprobs_BM[:, ::2]),
+        "logprob_rejected": over_pairs(logprobs_BM[:, 1::2]),
+        "weight": jnp.sum(exists_BP),
+    }
+    return loss, d_logprobs_BM, sums
+
+
 def _forward(hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss, chunk_tokens):
     return _over_chunks(hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss, chunk_tokens, with_gradients=True)
 

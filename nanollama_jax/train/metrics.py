@@ -91,12 +91,19 @@ class Reporter:
             self._seconds = self._data_seconds = 0.0
             self._steps = 0
 
-    def validation(self, step: int, perplexity: dict[str, float]) -> None:
-        """Logs perplexity by source ("all" is that of the stage's own mix of rows) and draws the curves anew."""
+    def validation(self, step: int, found: dict[str, dict[str, float]]) -> None:
+        """Logs an objective's means by source ("all" is that of the stage's own mix of rows) and draws the curves anew."""
         if not self._is_main:
             return
-        self._write({"step": step, "validation_perplexity": perplexity})
-        log.info("%s step %d  validation perplexity: %s", self._config.name, step, "  ".join(f"{k} {v:,.2f}" for k, v in perplexity.items()))
+        if self._config.task == "dpo":
+            self._write({"step": step, "validation": found})
+            text = "  ".join(f"{name}: loss {v['loss']:.4f}  accuracy {v['accuracy']:.3f}  margin {v['margin']:.3f}" for name, v in found.items())
+        else:
+            self._write({"step": step, "validation_perplexity": {name: math.exp(min(v["loss"], 50)) for name, v in found.items()}})
+            text = "perplexity: " + "  ".join(f"{name} {math.exp(min(v['loss'], 50)):,.2f}" for name, v in found.items())
+            if self._config.task == "sft":
+                text = "loss: " + "  ".join(f"{name} {v['loss']:.4f}" for name, v in found.items())
+        log.info("%s step %d  validation %s", self._config.name, step, text)
         plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
 
     def close(self) -> None:
@@ -112,8 +119,12 @@ class Reporter:
         flops = rate * self._flops_per_token
         speed = f"MFU {100 * flops / self._peak:.1f} %" if self._peak else f"{flops / 1e12:.3g} TFLOP/s"
         eta = (self._config.end_step - step) * self._config.tokens_per_step / rate
+        if self._config.task == "dpo":
+            of_task = f"accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:.3f}  kl {metrics['kl']:.4f}"
+        else:
+            of_task = f"ppl {math.exp(min(metrics['loss'], 50)):,.1f}"
         return (
-            f"loss {metrics['loss']:.4f}  ppl {math.exp(min(metrics['loss'], 50)):,.1f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+            f"loss {metrics['loss']:.4f}  {of_task}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
             f"{rate:,.0f} tokens/s  {speed}  eta {duration(eta)}"
         )
 
@@ -122,7 +133,8 @@ class Reporter:
         self._file.flush()
         if self._wandb:
             flat = {f"validation_perplexity/{k}": v for k, v in row.get("validation_perplexity", {}).items()}
-            self._wandb.log({k: v for k, v in row.items() if k not in ("step", "validation_perplexity")} | flat, step=row["step"])
+            flat |= {f"validation/{name}/{k}": v for name, found in row.get("validation", {}).items() for k, v in found.items()}
+            self._wandb.log({k: v for k, v in row.items() if not isinstance(v, dict) and k != "step"} | flat, step=row["step"])
 
 
 def duration(seconds: float) -> str:
@@ -177,6 +189,7 @@ def plot_curves(metrics_files: Iterable[pathlib.Path], path: pathlib.Path) -> No
 
     figure, (loss_axis, ppl_axis, lr_axis) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 3, 1.5), layout="constrained")
     curves: dict[str, list[tuple[int, float]]] = {}
+    of_pairs = False
     for i, file in enumerate(metrics_files):
         rows = read_rows(file)
         steps = [row for row in rows if "loss" in row]
@@ -184,13 +197,15 @@ def plot_curves(metrics_files: Iterable[pathlib.Path], path: pathlib.Path) -> No
         loss_axis.plot(x, [row["loss"] for row in steps], lw=0.8, color=f"C{i}", label=file.parent.name)
         lr_axis.plot(x, [row["lr"] for row in steps], lw=1.2, color=f"C{i}")
         for row in rows:
-            for name, value in row.get("validation_perplexity", {}).items():
+            measured = row.get("validation_perplexity") or {name: found["accuracy"] for name, found in row.get("validation", {}).items()}
+            for name, value in measured.items():
                 curves.setdefault(name, []).append((row["step"], value))
+            of_pairs |= "validation" in row
     for i, (name, points) in enumerate(curves.items()):
         style = dict(color="black", ls="--") if name == "all" else dict(color=f"C{i}")
         ppl_axis.plot(*zip(*points, strict=True), marker=".", lw=1, label="this stage's mix" if name == "all" else name, **style)
-    loss_axis.set(ylabel="training loss (nats/token)")
-    ppl_axis.set(ylabel="validation perplexity", yscale="log")
+    loss_axis.set(ylabel="training loss (nats/pair)" if of_pairs else "training loss (nats/token)")
+    ppl_axis.set(**(dict(ylabel="validation: share of pairs", ylim=(0, 1.02)) if of_pairs else dict(ylabel="validation perplexity", yscale="log")))
     lr_axis.set(ylabel="learning rate", xlabel="step")
     for axis in (loss_axis, ppl_axis, lr_axis):
         axis.grid(alpha=0.3)

@@ -6,12 +6,15 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import stack_layers
+from nanollama_jax.tokenizer import Tokenizer
 
 
 def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, about_data: dict[str, str]) -> tuple[pathlib.Path | None, int]:
@@ -26,22 +29,63 @@ def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, a
         found = checkpoint.find(config.init_from)
         if found is None:
             raise BadInput(f"init_from={config.init_from}: there is no checkpoint; name a workdir that has one")
+        if config.task != "pretrain":
+            check_start_of_tuning(*found, config, model, about_data["tokenizer_sha256"])
+            return found
         if found[1] != config.start_step:
             raise BadInput(
                 f"init_from={config.init_from} stands at step {found[1]} and {config.name} starts at {config.start_step}: train it to there"
             )
         check_same(*found, model, {"tokenizer_sha256": about_data["tokenizer_sha256"]})
         return found
+    if config.task != "pretrain":
+        raise BadInput(f"{config.name} starts from a trained model: say from which run, as --config.init_from=WORKDIR")
     if config.start_step:
         raise BadInput(f"{config.name} starts at step {config.start_step}: say from which run, as --config.init_from=WORKDIR")
     return None, 0
 
 
-def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data: dict[str, str]) -> None:
+def check_start_of_tuning(workdir: pathlib.Path, step: int, config: ConfigDict, model: ModelConfig, tokenizer_sha256: str) -> None:
+    """Refuses to fine-tune a model of other shape, vocabulary or RoPE theta than `config` says: SFT starts from a base model, DPO from SFT's."""
+    metadata = checkpoint.read_metadata(workdir, step)
+    extended = metadata["tokenizer_sha256"] == tokenizer_sha256
+    if config.task == "sft":
+        if extended:
+            raise BadInput(f"init_from={workdir}: its vocabulary is already extended for chat: SFT starts from a base model's checkpoint")
+        base = Tokenizer(config.tokenizer.base)
+        model = dataclasses.replace(model, vocab_size=base.vocab_size)
+        tokenizer_sha256 = base.sha256
+    elif metadata["model"]["vocab_size"] != model.vocab_size:
+        raise BadInput(f"init_from={workdir}: its tokenizer has no chat tokens: fine-tune it first (configs/sft.py)")
+    check_same(workdir, step, model, {"tokenizer_sha256": tokenizer_sha256}, weights_only=True)
+    if metadata["rope_theta"] != config.rope.end_theta or config.rope.start_theta != config.rope.end_theta:
+        theta = f"{metadata['rope_theta']:g}"
+        raise BadInput(f"init_from={workdir} was trained up to rope theta {theta}: set rope.start_theta={theta} and rope.end_theta={theta}")
+
+
+def weights_to_start_from(config: ConfigDict, workdir: pathlib.Path, step: int, model: ModelConfig) -> Any:
+    """The parameters of a checkpoint without its optimizer's state, laid out as training has them; for SFT with rows for the chat tokens."""
+    params = checkpoint.load(workdir / checkpoint.FOLDER / f"step_{step}").params
+    if config.task == "sft":
+        params = extend_vocabulary(params, model.vocab_size)
+    return stack_layers(params, model.num_layers) if model.scan_layers else params
+
+
+def extend_vocabulary(params: Any, vocab_size: int) -> Any:
+    """Embedding and head with new rows, each the mean of the old ones: as likely as any token, and no more (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models")."""
+    embedding_VD, head_DV = params["embedding"]["kernel"], params["head"]["kernel"]
+    new = vocab_size - len(embedding_VD)
+    embedding_VD = np.concatenate([embedding_VD, np.repeat(embedding_VD.mean(0, keepdims=True), new, 0)])
+    head_DV = np.concatenate([head_DV, np.repeat(head_DV.mean(1, keepdims=True), new, 1)], 1)
+    return params | {"embedding": {"kernel": embedding_VD}, "head": {"kernel": head_DV}}
+
+
+def check_same(workdir: pathlib.Path, step: int, model: ModelConfig, about_data: dict[str, str], weights_only: bool = False) -> None:
     """Refuses to go on with a checkpoint of another model, tokenizer or data set."""
     metadata, ours = checkpoint.read_metadata(workdir, step), dataclasses.asdict(model)
     shape = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "norm_eps")
-    shape += () if metadata.get("weights_only") else ("scan_layers",)  # of an optimizer's state the layout cannot be changed
+    shape += () if weights_only or metadata.get("weights_only") else ("scan_layers",)  # of an optimizer's state the layout cannot be changed
     differing = [f"{k}={metadata['model'][k]} (config: {ours[k]})" for k in shape if metadata["model"][k] != ours[k]]
     if differing:
         raise BadInput(f"the checkpoint in {workdir} has another model, {', '.join(differing)}: choose another --workdir, or that model")

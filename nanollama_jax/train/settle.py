@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from nanollama_jax.checkpoint import TASKS
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.train.memory import fastest_remat
@@ -38,6 +39,10 @@ def settle(config: ConfigDict) -> ModelConfig:
             f"schedule: warmup_steps={schedule.warmup_steps} <= decay_start={schedule.decay_start} <= total_steps={schedule.total_steps} "
             f"and end_step={c.end_step} <= total_steps must hold"
         )
+    if c.task not in TASKS:
+        raise BadInput(f"task={c.task!r} is unknown: choose one of {', '.join(TASKS)}")
+    if c.task == "dpo" and (c.data.max_segments % 2 or not 0 <= c.preference.label_smoothing < 0.5 or c.preference.beta <= 0):
+        raise BadInput("dpo: data.max_segments must be even, preference.beta above 0 and preference.label_smoothing at least 0 and below 0.5")
     if c.rope.schedule not in ("ramp", "jump"):
         raise BadInput(f"rope.schedule={c.rope.schedule!r} is unknown: choose ramp or jump")
     if not c.data.sources:

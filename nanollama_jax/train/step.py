@@ -90,24 +90,22 @@ def train_step(
 
     weight = jnp.maximum(sums["weight"], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    loss, grad_norm = sums["ce"] / weight, optax.tree.norm(grads)
+    means, grad_norm = objectives.means(sums), optax.tree.norm(grads)
     lr = learning_rate(state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
 
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(means["loss"])
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
     skipped = jnp.where(finite, 0, 1)
     new_state = TrainState(step=state.step + 1, skipped=state.skipped + skipped, params=params, opt_state=opt_state)
-    metrics = {
-        "loss": loss,
-        "z": sums["z"] / weight,
+    metrics = means | {
         "grad_norm": grad_norm,
         "lr": lr,
         "rope_theta": theta,
-        "learnt_tokens": sums["weight"],
+        "learnt_tokens": sums["learnt_tokens"],
         "update_skipped": skipped,
-        "merged_in_attention": sums["merged"],
+        "merged_in_attention": sums["merged_in_attention"],
     }
     return new_state, metrics
 
@@ -119,10 +117,9 @@ def cast_matrices(params: Any, dtype: str) -> Any:
     return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
 
-def validation_step(params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, objective: Objective) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy (nats) and its weight (tokens) of one batch."""
-    _, sums = objective(params, batch, rope_theta)
-    return sums["ce"], sums["weight"]
+def validation_step(params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, objective: Objective) -> objectives.Sums:
+    """The objective's sums over one batch."""
+    return objective(params, batch, rope_theta)[1]
 
 
 class Program(NamedTuple):
@@ -134,7 +131,7 @@ class Program(NamedTuple):
     batch_shapes: dict[str, jax.ShapeDtypeStruct]
     rope_theta: Callable[[jax.Array | int], jax.Array]
     update: Any  # jitted: (state, batch) -> (state, metrics); the state is donated
-    measure: Any  # jitted: (params, batch, rope_theta) -> (cross-entropy, weight)
+    measure: Any  # jitted: (params, batch, rope_theta) -> the objective's sums
 
 
 def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
@@ -144,7 +141,10 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
         optimizer.rope_theta_schedule, start_theta=config.rope.start_theta, end_theta=config.rope.end_theta,
         start_step=config.start_step, end_step=config.end_step, kind=config.rope.schedule,
     )  # fmt: skip
-    objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
+    if config.task == "dpo":
+        objective = functools.partial(objectives.preference, model=model, chunk_tokens=config.loss.chunk_tokens, **config.preference)
+    else:
+        objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
     make_state, shapes, shardings = init_state(model, adamw, mesh, config.seed)
     update = functools.partial(
         train_step,
@@ -157,11 +157,14 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
     )
     dtypes = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    batch_shapes = {name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows) for name, dtype in dtypes.items()}
+    if config.task == "dpo":
+        batch_shapes["reference_logprobs"] = jax.ShapeDtypeStruct((config.batch_size, config.data.max_segments), np.float32, sharding=rows)
     return Program(
         make_state=make_state,
         state_shapes=shapes,
         state_shardings=shardings,
-        batch_shapes={name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows) for name, dtype in dtypes.items()},
+        batch_shapes=batch_shapes,
         rope_theta=rope_theta,
         update=jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, whole)),
         measure=jax.jit(functools.partial(validation_step, objective=objective), out_shardings=whole),

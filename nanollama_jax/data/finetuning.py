@@ -1,0 +1,136 @@
+"""Conversations and preference pairs -> token ids on disk, for SFT and DPO: shards and a manifest as those of data/prepare.py, made in one process.
+
+A record of a conversation is its ids, uint32, with the highest bit set in those that the assistant says; a pair's is the length of the chosen side,
+then chosen and rejected so, in which only the answers, not what is shared before them, count as said. What does not fit a row is left out, counted
+and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows="skip"` is named there too.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from ml_collections import ConfigDict
+
+from nanollama_jax.data import chat
+from nanollama_jax.data.conversations import Conversation, parse_conversation, read_rows
+from nanollama_jax.data.preference import Preference, parse_preference
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, verify_shards, write_json
+from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import Tokenizer
+
+KINDS = {"conversations": parse_conversation, "preferences": parse_preference}
+SAID = np.uint32(1 << 31)
+SHARD_TOKENS = 50_000_000
+
+
+def prepare(
+    name: str, url: str, licence: str, kind: str, bad_rows: str, *,
+    out_dir: str | os.PathLike, tokenizer: Tokenizer, max_tokens: int, validation_fraction: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest of what `url` holds, prepared into `out_dir` unless it is there. The split is by a hash of what comes before the first answer, so
+    that one question is never on both sides. Raises BadInput for a bad row, other settings than before, or if nothing is left to train on."""
+    if kind not in KINDS or bad_rows not in ("stop", "skip"):
+        raise BadInput(f"{name}: kind={kind!r} and bad_rows={bad_rows!r}: choose conversations or preferences, and stop or skip")
+    out_dir = Path(out_dir)
+    settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"}
+    if (out_dir / MANIFEST).exists():
+        manifest = load_manifest(out_dir)
+        for key, value in settings.items():
+            if manifest.get(key) != value:
+                raise BadInput(f"{out_dir} was prepared with {key}={manifest.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
+        verify_shards(out_dir, manifest)
+        return manifest
+    chat.check_tokenizer(tokenizer)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    writers = {split: ShardWriter(out_dir, split, SHARD_TOKENS) for split in SPLITS}
+    left_out: dict[str, list[str]] = {"bad": [], "too long": []}
+
+    def on_bad(where: str, mistake: BadInput) -> None:
+        if bad_rows == "stop":
+            raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; {name}.bad_rows=skip leaves them out)")
+        left_out["bad"].append(str(mistake))
+
+    rows = read_rows(url, KINDS[kind], on_bad)
+    console = rich.console.Console(stderr=True)
+    for row in rich.progress.track(rows, f"{name}: encoding", console=console, disable=not console.is_terminal):
+        record, prompt, length = _record(row, tokenizer)
+        if length > max_tokens:
+            left_out["too long"].append(f"{row.where}: {length} tokens, where seq_len is {max_tokens}")
+            continue
+        hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
+        split = "validation" if hashed < validation_fraction * 2**64 else "train"
+        writers[split].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
+    splits = {split: _totals(writer.close()) for split, writer in writers.items()}
+    if not splits["train"]["documents"]:
+        raise BadInput(f"{name}: no row of {url} is left to train on ({', '.join(f'{len(v)} {k}' for k, v in left_out.items())}): check it")
+    counts = {reason: len(lines) for reason, lines in left_out.items()}
+    (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
+    manifest = settings | {"left_out": counts, "splits": splits}
+    write_json(out_dir / MANIFEST, manifest)
+    return manifest
+
+
+def _record(row: Conversation | Preference, tokenizer: Tokenizer) -> tuple[np.ndarray, bytes, int]:
+    """The record, what decides its split, and how many tokens must fit into one row."""
+    if isinstance(row, Conversation):
+        (encoded,), answers_at = [_encoded(row.messages, row, tokenizer)], next(i for i, m in enumerate(row.messages) if m.role == "assistant")
+        return encoded, repr(row.messages[:answers_at]).encode(), len(encoded)
+    shared = len(chat.encode(row.prompt, tokenizer, row.tools).ids)
+    sides = [_encoded(row.prompt + answer, row, tokenizer) for answer in (row.chosen, row.rejected)]
+    for side in sides:
+        side[:shared] &= ~SAID
+    return np.concatenate([[np.uint32(len(sides[0]))], *sides]), repr(row.prompt).encode(), sum(map(len, sides))
+
+
+def _encoded(messages: Sequence[Any], row: Conversation | Preference, tokenizer: Tokenizer) -> np.ndarray:
+    encoded = chat.encode(messages, tokenizer, row.tools)
+    return encoded.ids.astype(np.uint32) | np.where(encoded.learnt, SAID, np.uint32(0))
+
+
+def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
+
+
+def extend_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer at `config.tokenizer.path`, made of `config.tokenizer.base` where there is none. Raises BadInput if it is not that one's."""
+    base, path = Tokenizer(config.tokenizer.base), Path(config.tokenizer.path)
+    extended = base.extended()
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(extended)
+        os.replace(temporary, path)
+    tokenizer = Tokenizer(path)
+    if tokenizer.model_bytes != extended:
+        raise BadInput(f"tokenizer {path} is not that of {config.tokenizer.base} with the chat tokens: remove it, or set tokenizer.path")
+    return tokenizer
+
+
+def prepare_stage(config: ConfigDict) -> None:
+    """Extends the tokenizer and prepares the sources of one SFT or DPO stage, and says what it found."""
+    tokenizer = extend_tokenizer(config)
+    names = dict.fromkeys((*config.data.sources, *config.data.validation))
+    if absent := [name for name in names if name not in config.tuning]:
+        raise BadInput(f"data.sources has {absent[0]}, which is not in config.tuning: name its url there")
+    already = all((Path(config.data.dir) / name / MANIFEST).exists() for name in names)
+    table = rich.table.Table(
+        "source", "rows", "tokens", "validation rows", "too long", "bad", title=f"{config.name}, up to {config.seq_len:,} tokens"
+    )
+    for name in names:
+        manifest = prepare(
+            name, **config.tuning[name], out_dir=Path(config.data.dir) / name, tokenizer=tokenizer, max_tokens=config.seq_len,
+            validation_fraction=config.data.tuning_validation_fraction,
+        )  # fmt: skip
+        train, validation = (manifest["splits"][split] for split in SPLITS)
+        counts = (train["documents"], train["tokens"], validation["documents"], *(manifest["left_out"][why] for why in ("too long", "bad")))
+        table.add_row(name, *(f"{count:,}" for count in counts))
+        if any(manifest["left_out"].values()):
+            print(f"{name}: {manifest['left_out']} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}", flush=True)
+    if not already:
+        rich.console.Console().print(table)

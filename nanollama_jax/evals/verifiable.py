@@ -1,0 +1,80 @@
+"""What a fine-tuned model gets right of questions whose answers can be checked: reasoning-gym's, and tool calls, of the splits that it was not
+trained on (data/reasoning.py, data/tool_conversations.py). Greedy.
+"""
+
+import collections
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nanollama_jax.data import chat, reasoning, tool_conversations
+from nanollama_jax.data.conversations import Message, parse_conversation
+from nanollama_jax.infer.engine import Engine
+from nanollama_jax.infer.grammar import tool_call
+
+MAX_NEW_TOKENS = 200
+
+
+class Verdict(NamedTuple):
+    kind: str  # a task of reasoning.TASKS, or a kind of tool conversation
+    right: bool
+    valid: bool  # of a call: JSON, of an offered tool, with arguments of its schema
+    question: str
+    reply: Message
+
+
+def reasoning_questions(engine: Engine, count: int) -> Iterator[Verdict]:
+    """The first `count` questions of the test split; right as the task's own scoring says."""
+    rows = [reasoning.conversations("test", index) for index in range(count)]
+    prompts = [chat.encode_prompt((Message("user", row["question"]),), engine.tokenizer) for row in rows]
+    for index, completion in enumerate(engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)):
+        reply = chat.parse_reply(completion.tokens, engine.tokenizer)
+        right = completion.finish_reason == "stop" and reasoning.check("test", index, reply.content)
+        yield Verdict(reasoning.TASKS[index % len(reasoning.TASKS)], right, True, rows[index]["question"], reply)
+
+
+def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
+    """The first call of `count` conversations of the test split in which one is due, up to which the conversation is given, made under the grammar
+    of the offered tools (`infer/grammar.tool_call`): right if name and arguments are the expected ones."""
+    found, prompts, grammars = [], [], []
+    index = 0
+    while len(found) < count:
+        row = tool_conversations.conversations("test", index)
+        index += 1
+        if not (expected := tool_conversations.expected_calls(row)):
+            continue
+        conversation = parse_conversation(row, f"tools/test:{index}")
+        calling = next(i for i, message in enumerate(conversation.messages) if message.tool_calls)
+        found.append((row, expected, conversation.messages[:calling]))
+        prompts.append(chat.encode_prompt(conversation.messages[:calling], engine.tokenizer, conversation.tools))
+        grammars.append(tool_call(conversation.tools))
+    for (row, expected, messages), completion in zip(
+        found, engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars), strict=True
+    ):  # fmt: skip
+        reply = chat.parse_reply(completion.tokens, engine.tokenizer)
+        valid = len(reply.tool_calls) == 1 and _fits(reply.tool_calls[0], row["tools"])
+        right = valid and (reply.tool_calls[0].name, reply.tool_calls[0].arguments) == expected[0]
+        yield Verdict(row["kind"], right, valid, messages[-1].content, reply)
+
+
+def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
+    """By kind, and over "all": how many, the share that is right, and the share that is valid."""
+    groups = collections.defaultdict(list)
+    for verdict in verdicts:
+        groups[verdict.kind].append(verdict)
+    return {
+        kind: {"count": len(group), "right": sum(v.right for v in group) / len(group), "valid": sum(v.valid for v in group) / len(group)}
+        for kind, group in (*sorted(groups.items()), ("all", verdicts))
+    }
+
+
+def _fits(call, tools) -> bool:
+    tool = next((tool for tool in tools if tool["name"] == call.name), None)
+    if tool is None or set(call.arguments) != set(tool["parameters"]["required"]):
+        return False
+    kinds = {"string": str, "number": int | float, "integer": int}
+    properties = tool["parameters"]["properties"]
+    return all(
+        isinstance(value, kinds[properties[name]["type"]]) and value in properties[name].get("enum", [value])
+        for name, value in json.loads(json.dumps(call.arguments)).items()
+    )

@@ -1,0 +1,52 @@
+"""What a stage reads: its sources, found whole, the iterator of its training batches, and its validation batches."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nanollama_jax.data import mix, pipeline, rows
+from nanollama_jax.data.pipeline import Batch, Source
+from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.train.metrics import log
+
+KINDS = {"pretrain": "documents", "sft": "conversations", "dpo": "preferences"}  # task -> what its sources hold
+
+
+@dataclasses.dataclass
+class Feed:
+    sources: dict[str, Source]  # of training and validation
+    batches: Any  # a Grain iterator
+    validation: dict[str, list[Batch]]
+    rows: list[rows.Rows]  # of conversations or pairs: all that are read, the pairs numbered through
+
+
+def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
+    """Raises BadInput for what is missing, damaged, or not for this stage."""
+    shares, validated = dict(config.data.sources), config.data.validation or tuple(config.data.sources)
+    names = dict.fromkeys((*shares, *validated))
+    sources = {name: pipeline.open_source(config.data.dir, name, tokenizer, KINDS[config.task]) for name in names}
+    packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
+    steps = config.end_step - config.start_step
+    for line in mix.repetition_warnings(mix.epochs(sources, shares, steps * config.tokens_per_step), config.name):
+        log.warning("%s", line)
+    of_step = dict(batch_size=config.batch_size, seed=config.seed)
+    of_validation = dict(batch_size=config.batch_size // config.accumulation, max_rows=max(1, config.validation.tokens // config.seq_len))
+    if config.task == "pretrain":
+        batches = pipeline.train_batches(sources, shares, tokenizer, rows=steps * config.batch_size, **of_step, **packing)
+        validation = {name: pipeline.validation_batches(sources[name], tokenizer, **of_validation, **packing) for name in validated}
+        return Feed(sources, iter(batches), validation, [])
+    opened, pairs = {}, 0
+    for name in sorted(names):
+        for split in ("train", "validation"):
+            opened[name, split] = rows.Rows.of(sources[name], split, first_pair=pairs, **packing)
+            pairs += len(opened[name, split].units)
+    for name in shares:
+        found = opened[name, "train"]
+        log.info("%s: %s: %d %s in %d rows, %.0f %% full", config.name, name, len(found.units), KINDS[config.task], len(found), 100 * found.fill)
+    batches = rows.train_batches({name: opened[name, "train"] for name in shares}, sources, shares, **of_step)
+    if empty := [name for name in validated if not len(opened[name, "validation"])]:
+        raise BadInput(f"source {empty[0]!r} has no validation rows: raise data.tuning_validation_fraction and prepare it again")
+    validation = {name: list(opened[name, "validation"].batches(**of_validation)) for name in validated}
+    return Feed(sources, iter(batches), validation, list(opened.values()))

@@ -1,0 +1,100 @@
+"""DPO's reference: the log-probabilities that the model gave every answer before training, computed once, by the step's own kernels, and kept in
+`WORKDIR/reference.npz` under a fingerprint of the weights and the data.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from nanollama_jax import sharding
+from nanollama_jax.data import pipeline
+from nanollama_jax.data.pipeline import Batch
+from nanollama_jax.errors import BadInput
+from nanollama_jax.model import Llama, ModelConfig
+from nanollama_jax.train.feed import Feed
+from nanollama_jax.train.metrics import log
+from nanollama_jax.train.objectives import answer_logprobs
+
+FILE = "reference.npz"
+
+
+class Reference:
+    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `fingerprint` is kept in checkpoints."""
+
+    def __init__(self, logprobs: np.ndarray, fingerprint: str):
+        self.logprobs, self.fingerprint = logprobs, fingerprint  # (pairs, 2) float32: chosen, rejected
+
+    def attach(self, batch: Batch) -> Batch:
+        pairs_BP = batch["pairs"]
+        found_BP2 = np.where(pairs_BP[..., None] >= 0, self.logprobs[pairs_BP], np.float32(0))
+        return {name: array for name, array in batch.items() if name != "pairs"} | {"reference_logprobs": found_BP2.reshape(len(pairs_BP), -1)}
+
+
+def open_reference(
+    config: ConfigDict, workdir: pathlib.Path, feed: Feed, expected: str | None, initial_params: Callable[[], Any],
+    model: ModelConfig, rope_theta: float, mesh: Any,
+) -> Reference:  # fmt: skip
+    """Read from `workdir`, or computed with the weights of `initial_params()` and written there. `expected` is the fingerprint of the run that is
+    gone on with, None for a new one. Raises BadInput where a file's fingerprint, or that of the weights, is another than it must be."""
+    path, about_data = workdir / FILE, pipeline.fingerprint(feed.sources)
+    params = None
+    if expected is None or not path.exists():
+        params = initial_params()
+        fingerprint = hashlib.sha256(f"{checksum(params)} {about_data}".encode()).hexdigest()
+        if expected not in (None, fingerprint):
+            raise BadInput(f"{path} is gone, and init_from={config.init_from} is not the model this run began with: set it back")
+        expected = fingerprint
+    if path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            found = str(file["fingerprint"])
+            if found == expected:
+                return Reference(file["logprobs"], found)
+        raise BadInput(f"{path} was computed with another model or other data: remove it to compute it anew, or choose another --workdir")
+
+    logprobs = np.zeros((sum(len(rows.units) for rows in feed.rows), 2), np.float32)
+    segments, whole = config.data.max_segments, sharding.replicated(mesh)
+    step = jax.jit(functools.partial(_logprobs, model=model, segments=segments, chunk_tokens=config.loss.chunk_tokens), out_shardings=whole)
+    total, done, said = sum(len(rows) for rows in feed.rows), 0, time.monotonic()
+    log.info("%s: log-probabilities of the reference: %d pairs in %d rows", config.name, len(logprobs), total)
+    for rows in feed.rows:
+        for batch in rows.batches(config.batch_size // config.accumulation):
+            pairs_BP = batch.pop("pairs")
+            found_BM = np.asarray(step(params, sharding.put_batch(batch, mesh), np.float32(rope_theta)))
+            logprobs[pairs_BP[pairs_BP >= 0]] = found_BM.reshape(*pairs_BP.shape, 2)[pairs_BP >= 0]
+            done += len(pairs_BP)
+            if time.monotonic() - said > 30:
+                log.info("%s: reference: %d of %d rows", config.name, done, total)
+                said = time.monotonic()
+    if jax.process_index() == 0:
+        temporary = path.with_name(f".{FILE}.tmp.npz")
+        np.savez(temporary, logprobs=logprobs, fingerprint=expected)
+        os.replace(temporary, path)
+    return Reference(logprobs, expected)
+
+
+def checksum(params: Any) -> str:
+    """Of the bits of all weights (float32), however they are laid out over devices: a weighted sum of each tensor's, modulo 2^32."""
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_weighted_sum, tree))(params))
+    return hashlib.sha256(repr([(jax.tree_util.keystr(path), int(x)) for path, x in jax.tree.leaves_with_path(sums)]).encode()).hexdigest()
+
+
+def _weighted_sum(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    weight = jnp.uint32(1)
+    for axis in range(x.ndim):  # odd everywhere: no change of a single weight is lost
+        weight += 2 * jnp.uint32(2_654_435_761 + 40_503 * axis) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _logprobs(params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, model: ModelConfig, segments: int, chunk_tokens: int) -> jax.Array:
+    hidden_BTD = Llama(model).apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta)
+    return answer_logprobs(hidden_BTD, params["head"]["kernel"], batch, segments, chunk_tokens)[0]
