@@ -48,10 +48,14 @@ def main(_: list[str]) -> None:
         if STAGE.value not in (None, *names):
             raise BadInput(f"--stage={STAGE.value}: this config has {', '.join(names)}")
         names = [STAGE.value] if STAGE.value else names
+        stages = {name: stage_config(config, name, "") if "stages" in config else config for name in names}
+        names = [name for name, stage in stages.items() if stage.task == "pretrain"]
+        if not names:
+            raise BadInput(f"{', '.join(stages)} trains on conversations: tools/check_finetuning_data.py reads those")
         pictures = picture_paths(pathlib.Path(OUT.value), names) if OUT.value is not None else {}
         sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal has
         console, tokenizer = Console(highlight=False, markup=False), Tokenizer(config.tokenizer.path)
-        stages = [mix.open_mix(stage_config(config, name, "") if "stages" in config else config, tokenizer) for name in names]
+        stages = [mix.open_mix(stages[name], tokenizer) for name in names]
         for stage in stages:
             rows = {name: mix.read_rows(stage, name, tokenizer, ROWS.value, console) for name in stage.sources}
             mix_report.report(stage, rows, tokenizer, console)

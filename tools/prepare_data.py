@@ -1,8 +1,10 @@
-"""Prepares a recipe's corpora: trains the tokenizer if there is none; decontaminates and tokenises every source into shards.
+"""Prepares a recipe's corpora: trains the tokenizer if there is none; decontaminates and tokenises every source into shards. Of a recipe to fine-tune
+by: extends the tokenizer with the chat tokens and encodes the conversations or preference pairs.
 
     python tools/prepare_data.py --config configs/phase1.py --dry_run         what it will take: documents, tokens, disk, hours
     python tools/prepare_data.py --config configs/phase1.py:nano
     python tools/prepare_data.py --config configs/phase1.py --config.corpora.fineweb_edu.url='file:///texts/*.jsonl.zst'
+    python tools/prepare_data.py --config configs/sft.py --config.tuning.metamath.url='file://chats/*.jsonl'
     python tools/prepare_data.py --config configs/phase1.py --executor slurm --partition cpu
     python tools/prepare_data.py --config configs/phase1.py --executor ray    on the cluster that RAY_ADDRESS names
 
@@ -38,10 +40,15 @@ def main(_: list[str]) -> None:
         if DRY_RUN.value:
             print_estimates(CONFIG.value)
             return
-        if CONFIG.value.task != "pretrain":
-            prepare_stage(CONFIG.value)
-            return
-        prepare_all(CONFIG.value, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
+        from nanollama_jax.curriculum import stage_config, stage_names  # not at the top: workers import this file, and have no use for jax
+
+        config = CONFIG.value
+        stages = [stage_config(config, name, "") for name in stage_names(config)] if "stages" in config else [config]
+        if any(stage.task == "pretrain" for stage in stages):
+            prepare_all(config, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
+        for stage in stages:
+            if stage.task != "pretrain":
+                prepare_stage(stage)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Prepared conversations and pairs -> packed batches: whole ones only, best-fit, each a document of its own in the row's mask.
 
-A row is a set of units that is decided once (best-fit decreasing over the whole source); each epoch reads all rows in another order. A unit is a
+A row is a set of units that is decided once (best-fit over the whole source, shuffled); each epoch reads all rows in another order. A unit is a
 conversation or a pair, whose two sides are neighbouring segments, 2p + 1 and 2p + 2. Batches are as in data/pipeline.py; those of pairs have besides
 
     pairs    (B, M / 2) int32    the number of each slot's pair, -1 in empty ones: what its reference log-probabilities are looked up by
@@ -21,13 +21,13 @@ from nanollama_jax.errors import BadInput
 
 
 def best_fit(lengths: Sequence[int], capacity: int, max_units: int) -> list[list[int]]:
-    """Bins of indices of `lengths`, each of at most `max_units` whose sum is at most `capacity`: longest first, each into the fullest bin that has
-    room (Ding et al. 2024, arXiv:2404.10830). Equal lengths keep their order."""
+    """Bins of indices of `lengths`, each of at most `max_units` whose sum is at most `capacity`: in the order given, each into the fullest bin that
+    has room. Longest first would fill 98 to 99.9 % of the rows instead of 95 to 99.5, but with rows of like lengths, which are of one kind:
+    consecutive batches would differ by it (nano's SFT loss swung between 0.8 and 1.3)."""
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left
     present = 0  # bit r is set where with_room[r] has a bin
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        length = lengths[index]
+    for index, length in enumerate(lengths):
         fitting = present >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
@@ -63,6 +63,7 @@ class Rows:
             raise BadInput(f"{source.directory} was prepared for rows of {was} tokens: remove it and prepare it for {seq_len}")
         pairs = source.manifest["kind"] == "preferences"
         records = [np.frombuffer(record, np.uint32) for path in split_shards(source.directory, source.manifest, split) for record in _read_all(path)]
+        records = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
         units = [[record[1 : 1 + record[0]], record[1 + record[0] :]] if pairs else [record] for record in records]
         bins = best_fit([sum(map(len, unit)) for unit in units], seq_len, max_segments // 2 if pairs else max_segments)
         return cls(units, bins, seq_len, max_segments, pairs, first_pair)

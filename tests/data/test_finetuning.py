@@ -1,0 +1,121 @@
+"""Conversations and pairs on disk: what a record says, what is refused, and what is left out and named."""
+
+import json
+
+import pytest
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data import chat, finetuning, pipeline, rows
+from nanollama_jax.data.conversations import read_conversations
+from nanollama_jax.data.preference import read_preferences
+from nanollama_jax.errors import BadInput
+from nanollama_jax.tokenizer import Tokenizer
+
+GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+TOOLS = [{"name": "now", "parameters": {}}]
+BAD = {
+    "no message is the assistant's": {"messages": [{"role": "user", "content": "a"}]},
+    "user after user, where assistant is expected": {"messages": [GOOD["messages"][0], GOOD["messages"][0]]},
+    "is not JSON": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "now", "arguments": "{"}]}], "tools": TOOLS},
+    "not among the tools": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {}}]}], "tools": TOOLS},
+    "`chosen` equals `rejected`": {"prompt": "a", "chosen": "b", "rejected": "b"},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained) -> Tokenizer:
+    return Tokenizer("chat", checkpoint.load(trained).tokenizer.extended())
+
+
+def prepare(folder, tokenizer, made, kind="conversations", **settings):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    about = dict(url=f"file://{folder}/rows.jsonl", licence="none", kind=kind, bad_rows="stop", max_tokens=128, validation_fraction=0.0)
+    return finetuning.prepare("chats", out_dir=folder / "chats", tokenizer=tokenizer, **about | settings)
+
+
+def opened(folder, tokenizer, kind, split="train"):
+    source = pipeline.open_source(folder, "chats", tokenizer, kind)
+    return rows.Rows.of(source, split, seq_len=source.manifest["max_tokens"], max_segments=64)
+
+
+def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
+    url = f"file://{shared_data}/sft/chat_oasst.jsonl"
+    manifest = finetuning.prepare(
+        "chats", url, "Apache-2.0", "conversations", "stop", out_dir=tmp_path / "chats", tokenizer=tokenizer, max_tokens=1024, validation_fraction=0.2
+    )
+    expected = [chat.encode(row.messages, tokenizer) for row in read_conversations(url, on_bad=None)]
+    fitting = sorted(e.ids.tolist() for e in expected if len(e.ids) <= 1024)
+    found = [unit[0] for split in ("train", "validation") for unit in opened(tmp_path, tokenizer, "conversations", split).units]
+    assert sorted((unit & ~finetuning.SAID).tolist() for unit in found) == fitting and len(fitting) > 50
+    said = {tuple(e.ids.tolist()): e.learnt.tolist() for e in expected}
+    assert all((unit >> 31).astype(bool).tolist() == said[tuple((unit & ~finetuning.SAID).tolist())] for unit in found)
+    assert manifest["left_out"] == {"bad": 0, "too long": len(expected) - len(fitting)} and manifest["splits"]["validation"]["documents"] > 5
+
+
+def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path):
+    url = f"file://{shared_data}/preference/oasst.jsonl"
+    pairs = list(read_preferences(url, on_bad=None))
+    finetuning.prepare(
+        "chats", url, "-", "preferences", "stop", out_dir=tmp_path / "chats", tokenizer=tokenizer, max_tokens=4096, validation_fraction=0
+    )
+    sides = {}
+    for pair in pairs:
+        prompt = len(chat.encode(pair.prompt, tokenizer).ids)
+        for answer in (pair.chosen, pair.rejected):
+            encoded = chat.encode(pair.prompt + answer, tokenizer)
+            sides[tuple(encoded.ids.tolist())] = [said and at >= prompt for at, said in enumerate(encoded.learnt.tolist())]
+    found = opened(tmp_path, tokenizer, "preferences").units
+    assert len(found) > 50 and all(len(unit) == 2 for unit in found)
+    for unit in found:
+        for side in unit:
+            assert (side >> 31).astype(bool).tolist() == sides[tuple((side & ~finetuning.SAID).tolist())]
+
+
+def test_one_question_is_on_one_side(tokenizer, tmp_path):
+    made = [{"question": f"What is {i % 50}?", "answer": f"It is {i}."} for i in range(400)]
+    prepare(tmp_path, tokenizer, made, validation_fraction=0.3)
+    asked = {}
+    for split in ("train", "validation"):
+        units = opened(tmp_path, tokenizer, "conversations", split).units
+        asked[split] = {tokenizer.decode((unit[0] & ~finetuning.SAID).tolist()).split("?")[0] for unit in units}
+    assert len(asked["train"]) + len(asked["validation"]) == 50 and 5 < len(asked["validation"]) < 30
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_bad_row_is_named(tokenizer, tmp_path, mistake):
+    pairs = "chosen" in BAD[mistake]
+    made = [BAD[mistake] | {"rejected": "c"} if pairs else GOOD, BAD[mistake]]
+    with pytest.raises(BadInput) as caught:
+        prepare(tmp_path, tokenizer, made, kind="preferences" if pairs else "conversations")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/rows.jsonl:2: ") and mistake in said and "check_finetuning_data" in said
+    assert not (tmp_path / "chats" / "manifest.json").exists()
+
+
+def test_what_is_left_out_is_counted_and_named(tokenizer, tmp_path, capsys):
+    long = {"question": "ab" * 200, "answer": "b"}
+    manifest = prepare(tmp_path, tokenizer, [GOOD, long, BAD["is not JSON"], *[GOOD] * 3], bad_rows="skip")
+    assert manifest["left_out"] == {"bad": 1, "too long": 1} and manifest["splits"]["train"]["documents"] == 4
+    named = (tmp_path / "chats" / "left_out.txt").read_text().splitlines()
+    assert "rows.jsonl:3: " in named[0] and "rows.jsonl:2: " in named[1] and "where seq_len is 128" in named[1]
+
+
+def test_prepared_again(tokenizer, tmp_path):
+    first = prepare(tmp_path, tokenizer, [GOOD] * 3)
+    shard = tmp_path / "chats" / first["splits"]["train"]["shards"][0]["file"]
+    before = shard.stat().st_mtime_ns
+    assert prepare(tmp_path, tokenizer, [GOOD] * 3) == first and shard.stat().st_mtime_ns == before
+    with pytest.raises(BadInput, match="was prepared with max_tokens=128, not 64"):
+        prepare(tmp_path, tokenizer, [GOOD] * 3, max_tokens=64)
+    with pytest.raises(BadInput, match="holds conversations and this stage trains on documents"):
+        pipeline.open_source(tmp_path, "chats", tokenizer)
+    source = pipeline.open_source(tmp_path, "chats", tokenizer, "conversations")
+    with pytest.raises(BadInput, match="was prepared for rows of 128 tokens"):
+        rows.Rows.of(source, "train", seq_len=64, max_segments=8)
+
+
+def test_nothing_to_train_on(tokenizer, trained, tmp_path):
+    with pytest.raises(BadInput, match=r"no row of .* is left to train on \(0 bad, 1 too long\)"):
+        prepare(tmp_path, tokenizer, [{"question": "ab" * 200, "answer": "b"}])
+    with pytest.raises(BadInput, match=r"has no <\|im_start\|>: it is a base model's"):
+        prepare(tmp_path, checkpoint.load(trained).tokenizer, [GOOD])

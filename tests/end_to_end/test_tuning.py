@@ -1,0 +1,84 @@
+"""SFT and DPO as a user runs them: killed, they go on bit for bit; what is wrong with their data or their start is one line."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from nanollama_jax import checkpoint
+from nanollama_jax.train.metrics import read_rows
+from tests.end_to_end.conftest import rows
+from tests.end_to_end.test_training import assert_bit_identical
+
+BEFORE = {"sft": "phase3", "dpo": "sft"}
+THETA = ("--config.rope.start_theta=500000.0", "--config.rope.end_theta=500000.0")
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_killed_in_its_midst_and_run_again_is_bit_identical(lab, undisturbed, tmp_path, task):
+    flags = (task, tmp_path, f"--config.init_from={undisturbed / BEFORE[task]}", "--config.checkpoint.every=2")
+    process = lab.start(*flags)
+    while max((row["step"] for row in read_rows(tmp_path / "metrics.jsonl")), default=0) < 5:
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    step = checkpoint.find(tmp_path)[1]
+    assert 0 < step < {"sft": 12, "dpo": 8}[task]
+    assert f"resumed from {tmp_path} at step {step}" in lab.run(*flags)
+    assert rows(tmp_path) == rows(undisturbed / task)
+    assert_bit_identical(tmp_path, undisturbed / task)
+
+
+def test_what_a_curriculum_ends_with(lab, undisturbed):
+    sft, dpo = (rows(undisturbed / task) for task in ("sft", "dpo"))
+    assert sft[12]["loss"] < sft[1]["loss"] and sft[12]["lr"] < sft[2]["lr"]
+    assert dpo[1]["loss"] == pytest.approx(np.log(2), abs=1e-6) and dpo[1]["margin"] == pytest.approx(0, abs=1e-5)
+    found = [row["validation"]["right_or_wrong"] for row in read_rows(undisturbed / "dpo" / "metrics.jsonl") if "validation" in row]
+    assert len(found) == 2 and found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and found[1]["loss"] < found[0]["loss"]
+    log = (undisturbed / "sft" / "log.txt").read_text()
+    assert "step 12  asked: 'What is 12 + 7?'" in log and "step 12  says: " in log
+    loaded = checkpoint.load(undisturbed)
+    assert loaded.path.parent.parent.name == "dpo" and loaded.tokenizer.is_chat and loaded.model.vocab_size == 328
+    assert loaded.context_length == 256 and loaded.metadata["tokens_seen"] == 8 * 1024
+    with np.load(undisturbed / "dpo" / "reference.npz") as reference:
+        assert reference["logprobs"].shape == (400, 2) and (reference["logprobs"] < 0).all()
+
+
+def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
+    def refused(task, start, *flags):
+        return lab.run(task, tmp_path / "run", *([f"--config.init_from={undisturbed / start}"] if start else []), *flags, expect=2)
+
+    assert "starts from a trained model: say from which run" in refused("sft", "")
+    assert "already extended for chat: SFT starts from a base model's checkpoint" in refused("sft", "sft")
+    assert "its tokenizer has no chat tokens: fine-tune it first" in refused("dpo", "phase3")
+    assert "was trained up to rope theta 10000: set rope.start_theta=10000" in refused("sft", "phase1")
+    other = f"--config.tokenizer.base={lab.root}/tokenizer_chat.model"
+    assert "another tokenizer" in refused("sft", "phase3", other) or "already extended" in refused("sft", "phase3", other)
+    assert "has no chat tokens" in refused("dpo", "phase3") and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "dpo", tmp_path / "dpo")
+    with np.load(tmp_path / "dpo" / "reference.npz") as reference:
+        np.savez(tmp_path / "dpo" / "reference.npz", logprobs=reference["logprobs"], fingerprint="0" * 64)
+    shutil.rmtree(tmp_path / "dpo" / "checkpoints")
+    start = f"--config.init_from={undisturbed / 'sft'}"
+    assert "was computed with another model or other data: remove it" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
+    (tmp_path / "dpo" / "reference.npz").unlink()
+    assert "finished at step 8" in lab.run("dpo", tmp_path / "dpo", start)
+    assert_bit_identical(tmp_path / "dpo", undisturbed / "dpo")
+    # gone on with, the run wants the model that it began with
+    (tmp_path / "dpo" / "reference.npz").unlink()
+    shutil.rmtree(tmp_path / "dpo" / "checkpoints" / "step_8")
+    assert "is not the model this run began with" in lab.run("dpo", tmp_path / "dpo", f"--config.init_from={tmp_path / 'dpo'}", expect=2)
+
+
+def test_a_bad_row_ends_the_preparation_in_one_line(lab, tmp_path):
+    """tests/data/test_finetuning.py has the other mistakes."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n" + json.dumps({"question": "a"}) + "\n")
+    extra = [f"--config.tuning.tools.url=file://{tmp_path}/rows.jsonl", f"--config.data.dir={tmp_path}"]
+    said = lab.tool("prepare_data", "sft", tmp_path, *extra, expect=2)
+    assert said.startswith(f"error: {tmp_path}/rows.jsonl:2: unknown format") and not (tmp_path / "tools" / "manifest.json").exists()

@@ -1,0 +1,322 @@
+"""SFT and DPO against TRL's own trainers, from rows of real files to gradients: the same ids and masks, losses, rewards and gradients."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+import datasets
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+import trl
+from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data import finetuning, pipeline, reasoning, tool_conversations
+from nanollama_jax.data.conversations import parse_conversation
+from nanollama_jax.data.preference import read_preferences
+from nanollama_jax.data.rows import Rows
+from nanollama_jax.export import hf
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import stack_layers
+from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.train import objectives, reference
+from nanollama_jax.train.origin import extend_vocabulary
+from tests.data.test_chat import as_openai, wrapped
+from tests.model.oracle import hf_names
+
+ROWS = 20
+LONGEST = 512  # tokens of a conversation or a pair
+CHUNK = 256
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+class Models(NamedTuple):
+    policy: checkpoint.Loaded
+    reference: checkpoint.Loaded
+    policy_folder: pathlib.Path  # exported, float32
+    reference_folder: pathlib.Path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.policy.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.policy.tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(trained, tmp_path_factory) -> Models:
+    """The trained model with a chat vocabulary as the reference, and moved a little in every weight as the policy."""
+    base, folder = checkpoint.load(trained), tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer("chat", base.tokenizer.extended())
+    config = dataclasses.replace(base.model, vocab_size=tokenizer.vocab_size)
+    start = checkpoint.Loaded(config, extend_vocabulary(base.params, config.vocab_size), tokenizer, base.metadata, base.path)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.3 * x.std(), x.shape).astype(np.float32), start.params)
+    policy = dataclasses.replace(start, params=moved)
+    for name, loaded in (("policy", policy), ("reference", start)):
+        hf.export(loaded, folder / name, "float32")
+    return Models(policy, start, folder / "policy", folder / "reference")
+
+
+def write_rows(path: pathlib.Path, records: list) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return f"file://{path}"
+
+
+def prepared(url: str, kind: str, tokenizer: Tokenizer, folder: pathlib.Path) -> pipeline.Source:
+    settings = dict(kind=kind, bad_rows="stop", max_tokens=LONGEST, validation_fraction=0.0)
+    manifest = finetuning.prepare("rows", url, "none", **settings, out_dir=folder / "rows", tokenizer=tokenizer)
+    assert not any(manifest["left_out"].values())
+    return pipeline.open_source(folder, "rows", tokenizer, kind)
+
+
+def shortest(url: str, kind: str, tokenizer: Tokenizer) -> list[dict]:
+    """The records of `ROWS` good rows, as they stand in the file."""
+    lines, found = pathlib.Path(url.removeprefix("file://")).read_text().splitlines(), []
+    for row in finetuning.read_rows(url, finetuning.KINDS[kind], lambda where, mistake: None):
+        found.append((finetuning._record(row, tokenizer)[2], int(row.where.rsplit(":", 1)[1])))
+    return [json.loads(lines[number - 1]) for _, number in sorted(found)[:ROWS]]
+
+
+def sides(unit: list[np.ndarray]) -> list[tuple[list[int], list[bool]]]:
+    """The ids of each, and which are learnt."""
+    return [((side & ~finetuning.SAID).tolist(), (side >> 31 == 1).tolist()) for side in unit]
+
+
+def load_hf(folder: pathlib.Path) -> transformers.LlamaForCausalLM:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def check_gradients(model, models: Models, grads, rtol: float) -> None:
+    """Of every tensor, relative to its largest."""
+    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    ours = hf_names(models.config, stack_layers(jax.device_get(grads), models.config.num_layers))
+    assert ours.keys() == theirs.keys()
+    errors = {name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in ours}
+    print(f"gradients: worst relative error {max(errors.values()):.1e}")
+    assert max(errors.values()) < rtol, errors
+
+
+# ---- SFT
+
+
+@pytest.fixture(scope="module")
+def conversations(shared_data, models, tmp_path_factory) -> tuple[pipeline.Source, list]:
+    """20 chats, and some with tools, several calls, and thoughts: prepared, and as TRL is given them."""
+    folder, tokenizer = tmp_path_factory.mktemp("conversations"), models.tokenizer
+    records = shortest(f"file://{shared_data}/sft/chat_oasst.jsonl", "conversations", tokenizer)
+    made = [tool_conversations.conversations("train", index) for index in range(40)]
+    fitting = [record for record in made if len(finetuning._record(parse_conversation(record, "made"), tokenizer)[0]) <= LONGEST]
+    records += fitting[:4] + [reasoning.conversations("train", index) for index in range(2)]
+    rows = [parse_conversation(record, "row") for record in records]
+    messages = [message for row in rows for message in row.messages]
+    assert any(len(message.tool_calls) > 1 for message in messages) and any(message.thought for message in messages)
+    theirs = []
+    for row in rows:
+        messages = as_openai(row.messages)
+        for call in (call for message in messages for call in message.get("tool_calls", ())):
+            # JSON's text, as OpenAI sends it: Arrow would give every call the arguments of all others, null
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        theirs.append({"messages": messages, "tools": json.dumps(wrapped(row.tools) or [])})
+    source = prepared(write_rows(folder / "rows.jsonl", records), "conversations", tokenizer, folder)
+    return source, theirs
+
+
+def sft_trainer(models: Models, rows: list, folder: pathlib.Path, **settings) -> trl.SFTTrainer:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.policy_folder)
+    assert is_chat_template_stop_token_trained(tokenizer)
+    config = trl.SFTConfig(
+        output_dir=folder, assistant_only_loss=True, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **settings
+    )
+    return trl.SFTTrainer(load_hf(models.policy_folder), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def our_sft(models: Models, rows: Rows, batch_size: int) -> tuple[dict, dict]:
+    """Sums, and the gradients of the summed loss, over all rows."""
+    objective = functools.partial(objectives.next_token, model=models.config, z_loss=0.0, chunk_tokens=CHUNK)
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    found = [step(models.policy.params, batch, np.float32(models.policy.rope_theta)) for batch in rows.batches(batch_size)]
+    return jax.tree.map(lambda *each: np.sum(each, 0), *((sums, grads) for (_, sums), grads in found))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sft(packed, models, conversations, tmp_path):
+    """Both pack, each in its own way, or neither does. TRL adds up over micro-batches as its training does: over all learnt tokens, not by rows."""
+    source, theirs = conversations
+    if packed:
+        rows, batch_size = Rows.of(source, "train", seq_len=2 * LONGEST, max_segments=16), 2
+        settings = dict(packing=True, max_length=2 * LONGEST, per_device_train_batch_size=1)
+        assert len(rows) < len(theirs) / 2
+    else:
+        rows, batch_size = Rows.of(source, "train", seq_len=LONGEST, max_segments=1), 5
+        settings = dict(max_length=None, per_device_train_batch_size=4)
+        assert len(rows) == len(theirs)
+    trainer = sft_trainer(models, theirs, tmp_path, **settings)
+    if not packed:
+        theirs = zip(trainer.train_dataset["input_ids"], trainer.train_dataset["labels"])
+        assert sorted(sides(unit)[0] for unit in rows.units) == sorted((ids, [label >= 0 for label in labels]) for ids, labels in theirs)
+    loader = trainer.get_train_dataloader()
+    batches, count = trainer.get_batch_samples(iter(loader), len(loader), trainer.accelerator.device)
+    losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=count) for batch in batches]
+    sum(losses).backward()
+    sums, grads = our_sft(models, rows, batch_size)
+    assert sums["weight"] == sums["learnt_tokens"] == count
+    loss, expected = float(sums["loss"] / sums["weight"]), float(sum(losses))
+    print(f"{loss=} {expected=} {abs(loss / expected - 1):.1e} {count=}")
+    assert loss == pytest.approx(expected, rel=1e-6)
+    check_gradients(trainer.model, models, jax.tree.map(lambda x: x / sums["weight"], grads), 1e-5)
+
+
+# ---- DPO
+
+
+class Pairs(NamedTuple):
+    source: pipeline.Source
+    theirs: datasets.Dataset  # prompt, chosen, rejected: lists of messages
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_data, models, tmp_path_factory) -> Pairs:
+    folder = tmp_path_factory.mktemp("pairs")
+    records = shortest(f"file://{shared_data}/preference/oasst.jsonl", "preferences", models.tokenizer)
+    url = write_rows(folder / "rows.jsonl", records)
+    rows = list(read_preferences(url, on_bad=None))
+    assert len(rows) == ROWS and max(len(row.prompt) for row in rows) >= 3
+    theirs = [{name: as_openai(getattr(row, name)) for name in ("prompt", "chosen", "rejected")} for row in rows]
+    return Pairs(prepared(url, "preferences", models.tokenizer, folder), datasets.Dataset.from_list(theirs))
+
+
+def dpo_trainer(models: Models, pairs: Pairs, folder: pathlib.Path, **settings) -> trl.DPOTrainer:
+    """Of batches of one pair each, so that its metrics are of pairs. The reference is a model of its own: TRL patches the policy's forward."""
+    config = trl.DPOConfig(
+        output_dir=folder, max_length=None, per_device_train_batch_size=1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        **settings,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.policy_folder)
+    models_of = (load_hf(models.policy_folder), load_hf(models.reference_folder))
+    return trl.DPOTrainer(*models_of, args=config, train_dataset=pairs.theirs, processing_class=tokenizer)
+
+
+def without_newline(trainer: trl.DPOTrainer, newline: list[int]) -> list[dict]:
+    """The rows of its dataset without what its template writes after <|im_end|>, which TRL counts as said."""
+
+    def cut(ids: list[int]) -> list[int]:
+        assert ids[-len(newline) :] == newline
+        return ids[: -len(newline)]
+
+    return [row | {name: cut(row[name]) for name in ("chosen_ids", "rejected_ids")} for row in trainer.train_dataset]
+
+
+def units_of(trainer: trl.DPOTrainer, rows: Rows) -> list[int]:
+    """Which of our pairs each row of its dataset is: ours are shuffled."""
+    ours = [[ids for ids, _ in sides(unit)] for unit in rows.units]
+    return [ours.index([row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")]) for row in trainer.train_dataset]
+
+
+def trl_loss(trainer: trl.DPOTrainer, rows: list[dict]) -> tuple[float, dict[str, list[float]]]:
+    """The mean over pairs, its gradients in the model, and what is logged of each pair."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    total = 0.0
+    trainer.model.train()
+    for row in rows:
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator([{name: row[name] for name in names}])) / len(rows)
+        loss.backward()
+        total += loss.item()
+    return total, trainer._metrics["train"]
+
+
+def our_logprobs(models: Models, loaded: checkpoint.Loaded, rows: Rows, batch_size: int) -> np.ndarray:
+    """(pairs, 2), as `reference.open_reference` has them."""
+    step = jax.jit(functools.partial(reference._logprobs, model=models.config, segments=rows.max_segments, chunk_tokens=CHUNK))
+    found = np.zeros((len(rows.units), 2), np.float32)
+    for batch in rows.batches(batch_size):
+        pairs_BP = batch.pop("pairs")
+        logprobs_BM = np.asarray(step(loaded.params, batch, np.float32(loaded.rope_theta)))
+        found[pairs_BP[pairs_BP >= 0]] = logprobs_BM.reshape(*pairs_BP.shape, 2)[pairs_BP >= 0]
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length_normalised"))
+def preference_step(params, batch, rope_theta, beta, label_smoothing, *, model, length_normalised):
+    settings = dict(model=model, chunk_tokens=CHUNK, beta=beta, label_smoothing=label_smoothing, length_normalised=length_normalised)
+    (_, sums), grads = jax.value_and_grad(functools.partial(objectives.preference, **settings), has_aux=True)(params, batch, rope_theta)
+    return sums, grads
+
+
+def our_dpo(models: Models, rows: Rows, batch_size: int, beta: float, label_smoothing: float, length_normalised: bool) -> tuple[dict, dict]:
+    attached = reference.Reference(our_logprobs(models, models.reference, rows, batch_size), "").attach
+    theta, settings = np.float32(models.policy.rope_theta), dict(model=models.config, length_normalised=length_normalised)
+    found = [preference_step(models.policy.params, attached(batch), theta, beta, label_smoothing, **settings) for batch in rows.batches(batch_size)]
+    return jax.tree.map(lambda *each: np.sum(each, 0), *found)
+
+
+@pytest.fixture(scope="module")
+def packed_pairs(pairs) -> Rows:
+    rows = Rows.of(pairs.source, "train", seq_len=2 * LONGEST, max_segments=16)
+    assert len(rows) < ROWS / 2
+    return rows
+
+
+def test_dpo_ids_and_masks(models, pairs, packed_pairs, tmp_path):
+    """TRL's are ours and the newline after <|im_end|>, which it learns and we do not."""
+    newline = models.tokenizer.encode("\n")
+    trainer = dpo_trainer(models, pairs, tmp_path)
+    order = units_of(trainer, packed_pairs)
+    assert sorted(order) == list(range(ROWS))
+    for theirs, number in zip(trainer.train_dataset, order):
+        for name, (_, learnt) in zip(("chosen_ids", "rejected_ids"), sides(packed_pairs.units[number]), strict=True):
+            said = len(theirs[name]) - len(newline)
+            assert learnt == [False] * len(theirs["prompt_ids"]) + [True] * said + [False] * len(newline)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "label_smoothing"),
+    # TRL's sigmoid takes no label smoothing; its `aot` of one pair, in which there is nothing to sort, is DPO with it.
+    [("sigmoid", 0.1, 0.0), ("aot", 0.1, 0.1), ("aot", 0.5, 0.1), ("sigmoid_norm", 2.0, 0.0)],
+)
+def test_dpo(loss_type, beta, label_smoothing, models, pairs, packed_pairs, tmp_path):
+    trainer = dpo_trainer(models, pairs, tmp_path, loss_type=[loss_type], beta=beta, label_smoothing=label_smoothing)
+    expected, metrics = trl_loss(trainer, without_newline(trainer, models.tokenizer.encode("\n")))
+    sums, grads = our_dpo(models, packed_pairs, 3, beta, label_smoothing, loss_type == "sigmoid_norm")
+    means = {name: float(value) for name, value in objectives.means(sums).items()}
+    assert sums["weight"] == ROWS
+    print(f"loss {means['loss']} {expected} {abs(means['loss'] / expected - 1):.1e}")
+    assert means["loss"] == pytest.approx(expected, rel=1e-5)
+    check_gradients(trainer.model, models, jax.tree.map(lambda x: x / ROWS, grads), 1e-5)
+
+    order = units_of(trainer, packed_pairs)
+    logprobs, of_reference = (our_logprobs(models, loaded, packed_pairs, 3)[order] for loaded in (models.policy, models.reference))
+    rewards, theirs = beta * (logprobs - of_reference), np.stack([metrics["rewards/chosen"], metrics["rewards/rejected"]], 1)
+    print(f"rewards {np.abs(rewards - theirs).max():.1e} of {np.abs(theirs).max():.2f}, margins {np.ptp(theirs, 1).mean():.2f}")
+    assert np.ptp(theirs, 1).max() > 0.1
+    np.testing.assert_allclose(rewards, theirs, atol=1e-5 * np.abs(theirs).max())
+    np.testing.assert_allclose(logprobs, np.stack([metrics["logps/chosen"], metrics["logps/rejected"]], 1), rtol=1e-5)
+    if loss_type == "sigmoid_norm":  # TRL logs rewards as if it did not divide them by the answers' lengths
+        return
+    names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected"}
+    names |= {"logprob_chosen": "logps/chosen", "logprob_rejected": "logps/rejected"}
+    for ours, name in names.items():
+        assert means[ours] == pytest.approx(np.mean(metrics[name]), rel=1e-5, abs=1e-6), ours
+
+
+def test_dpo_differs_from_trl_by_the_newline_alone(models, pairs, packed_pairs, tmp_path):
+    """With it learnt, ours is TRL's loss as it stands, one pair a row; and it does make a difference."""
+    trainer = dpo_trainer(models, pairs, tmp_path)
+    expected, _ = trl_loss(trainer, list(trainer.train_dataset))
+    count = len(models.tokenizer.encode("\n"))
+    learnt = [[np.concatenate([side[:-count], side[-count:] | finetuning.SAID]) for side in unit] for unit in packed_pairs.units]
+    longest = max(sum(map(len, unit)) for unit in learnt)
+    rows = Rows(learnt, [[number] for number in range(ROWS)], seq_len=longest, max_segments=2, pairs=True)
+    sums, _ = our_dpo(models, rows, 5, 0.1, 0.0, False)
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(expected, rel=1e-5)
+    as_we_are, _ = our_dpo(models, packed_pairs, 3, 0.1, 0.0, False)
+    assert not math.isclose(float(as_we_are["loss"]) / ROWS, expected, rel_tol=1e-4)

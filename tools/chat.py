@@ -1,0 +1,106 @@
+"""Talks with a fine-tuned checkpoint in the terminal; thoughts and calls are shown apart from what is said.
+
+python tools/chat.py --checkpoint runs/curriculum_nano
+python tools/chat.py --checkpoint runs/curriculum_nano --ask 'What is 12 + 7?' --ask 'And 12 - 7?'
+python tools/chat.py --checkpoint runs/curriculum_nano --tools calculate,get_weather --ask 'What is 12 times 7?'
+
+The tools are those of the built-in training data (nanollama_jax/data/tools.py); a call is run and its result given to the model.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import rich.console
+from rich.markup import escape
+
+from nanollama_jax.data import chat, tools
+from nanollama_jax.data.conversations import Message, Tools, parse_tools
+from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.infer.engine import Engine
+from nanollama_jax.infer.sampling import Sampling
+
+MAX_CALLS = 4  # messages that call, one after another
+COLOURS = {"thinks": "dim italic", "calls": "yellow", "result": "cyan"}
+
+
+def reply(
+    engine: Engine, messages: list[Message], offered: Tools, sampling: Sampling, max_new_tokens: int, console: rich.console.Console
+) -> list[Message]:
+    """`messages` with the model's answer, and the calls and results before it; each is shown."""
+
+    def show(what: str, text: str) -> None:
+        console.print(f"[{COLOURS.get(what, 'bold')}]{what:>6}: {escape(text)}[/]", soft_wrap=True)
+
+    for _ in range(MAX_CALLS):
+        prompt = chat.encode_prompt(messages, engine.tokenizer, offered)
+        (completion,) = engine.generate([prompt], sampling, max_new_tokens=max_new_tokens)
+        message = chat.parse_reply(completion.tokens, engine.tokenizer)
+        messages.append(message)
+        if message.thought:
+            show("thinks", message.thought)
+        if message.content or not message.tool_calls:
+            show("says", message.content + ("" if completion.finish_reason == "stop" else " [cut off]"))
+        for call in message.tool_calls:
+            show("calls", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
+            try:
+                result = json.dumps(tools.execute(call.name, call.arguments), ensure_ascii=False)
+            except BadInput as error:  # the model's mistake, for the model to see
+                result = json.dumps({"error": str(error)})
+            show("result", result)
+            messages.append(Message("tool", result))
+        if not message.tool_calls:
+            return messages
+    show("says", f"[no answer after {MAX_CALLS} messages that call]")
+    return messages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
+    parser.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a user's message; several make one conversation")
+    parser.add_argument("--system", metavar="TEXT", help="the system's message")
+    parser.add_argument("--tools", default="", metavar="NAME,NAME", help=f"what the model may call: {', '.join(tools.TOOLS)}")
+    parser.add_argument("--max_new_tokens", type=int, default=300, help="of a message (default: %(default)s)")
+    for field in dataclasses.fields(Sampling):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
+    arguments = parser.parse_args()
+    console = rich.console.Console(highlight=False)
+    with one_line_errors():
+        sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
+        names = [name for name in arguments.tools.split(",") if name]
+        if unknown := [name for name in names if name not in tools.TOOLS]:
+            raise BadInput(f"there is no tool {unknown[0]!r}: there are {', '.join(tools.TOOLS)}")
+        offered = parse_tools([tools.schema(name) for name in names])
+        engine = Engine.from_checkpoint(arguments.checkpoint)
+        chat.check_tokenizer(engine.tokenizer)
+        begun = [Message("system", arguments.system)] if arguments.system else []
+        if not arguments.ask:
+            print("An empty line or Ctrl-D ends; /new begins a new conversation.", file=sys.stderr)
+        messages, asked = list(begun), list(arguments.ask)
+        while True:
+            try:
+                said = asked.pop(0) if asked else "" if arguments.ask else input("you: ")
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not said.strip():
+                return
+            if said == "/new":
+                messages = list(begun)
+                continue
+            if arguments.ask:
+                console.print(f"   you: {escape(said)}", soft_wrap=True)
+            try:
+                messages = reply(engine, [*messages, Message("user", said)], offered, sampling, arguments.max_new_tokens, console)
+            except BadInput as error:  # a conversation too long for the context does not end the session
+                if arguments.ask:
+                    raise
+                print(f"error: {error}: /new begins a new conversation", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
