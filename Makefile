@@ -21,7 +21,9 @@ quickstart: .venv/installed-$(REQUIREMENTS)
 	$(RUN) tools/export_hf.py --checkpoint $(NANO) --out $(NANO)/exports/hf --overwrite
 	$(RUN) tools/export_gguf.py --checkpoint $(NANO) --type q8_0 --out $(NANO)/exports/nano-q8_0.gguf --overwrite
 	$(RUN) tools/compare_exports.py --checkpoint $(NANO) --hf $(NANO)/exports/hf --gguf $(NANO)/exports/nano-q8_0.gguf --prompt 'Question:'
-	@echo "Talk to it: $(RUN) tools/generate.py --checkpoint $(NANO) --temperature 0.8 --top_p 0.95"
+	$(RUN) tools/chat.py --checkpoint $(NANO) --ask 'State the final answer to the following arithmetic problem: 12 + 7 ='
+	$(RUN) tools/chat.py --checkpoint $(NANO) --tools get_price,get_weather --ask 'What does a ball cost in Berlin?'
+	@echo "Talk to it: $(RUN) tools/chat.py --checkpoint $(NANO)"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
