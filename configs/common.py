@@ -122,7 +122,7 @@ def tuning(
     stage.loss = ConfigDict(dict(z_loss=0.0))
     stage.optimizer = ConfigDict(dict(peak_lr=peak_lr))
     stage.schedule = ConfigDict(dict(warmup_steps=warmup_steps, decay_start=warmup_steps, total_steps=steps))
-    stage.data = ConfigDict(dict(sources=shares, validation=()))
+    stage.data = ConfigDict(dict(sources=shares, validation=(), max_segments=32))
     stage.gates = ConfigDict(dict(perplexity=()))
     stage.samples = ConfigDict(dict(every=steps if nano else 500, prompts=prompts))
     return stage

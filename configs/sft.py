@@ -3,7 +3,7 @@
     python tools/prepare_data.py --config configs/sft.py
     python main.py --config configs/sft.py --workdir runs/1b/sft --config.init_from=runs/1b/phase3
 
-Scales: configs/sft.py:nano, :60m, :300m, :1b (the default; two 80 GB GPUs). One's own conversations, in place of a source or beside it:
+Scales: configs/sft.py:nano, :60m, :300m, :1b (the default; two 80 GB GPUs). One's own conversations in place of a source:
 --config.tuning.metamath.url='file://chats/*.jsonl'; tools/check_finetuning_data.py checks them.
 """
 

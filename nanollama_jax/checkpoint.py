@@ -104,8 +104,12 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
 def read_metadata(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint that `find` found. Raises BadInput if this version cannot read it."""
     folder = pathlib.Path(workdir) / FOLDER / f"step_{step}"
-    metadata = json.loads((folder / "metadata" / "metadata").read_text())
-    if "packed_documents" not in metadata["model"]:
+    try:
+        metadata = json.loads((folder / "metadata" / "metadata").read_text())
+        old = "packed_documents" not in metadata["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder} is damaged, or no checkpoint of this program: {' '.join(str(error).split())[:300]}") from error
+    if old:
         raise BadInput(
             f"{folder} is of an earlier version, which kept queries, keys and values apart: export it with that version (tools/export_hf.py), and "
             "import what that gives (tools/import_hf.py)"
@@ -145,7 +149,7 @@ def load(path: str | os.PathLike) -> Loaded:
     found = {stage: find(stage) for stage in stages}
     tasks = {stage: TASKS.index(read_metadata(*at).get("config", {}).get("task", "pretrain")) for stage, at in found.items()}
     last = [stage for stage in stages if tasks[stage] == max(tasks.values())]
-    if len({json.dumps(read_metadata(*found[stage])["model"]) for stage in last}) > 1:
+    if len({json.dumps(read_metadata(*found[stage])["model"]) for stage in last}) > 1 or (len(last) > 1 and max(tasks.values())):
         raise BadInput(f"{path} holds several models ({', '.join(stage.name for stage in last)}): name one of them")
     workdir, step = max((found[stage] for stage in last), key=lambda at: at[1])
     folder = (workdir / FOLDER / f"step_{step}").absolute()

@@ -16,7 +16,7 @@ from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import CHAT_TOKENS, Tokenizer
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train.loop import train
 from nanollama_jax.train.settle import settle
@@ -32,6 +32,20 @@ def stage_config(config: ConfigDict, name: str, init_from: str) -> ConfigDict:
 
 def stage_names(config: ConfigDict) -> list[str]:
     return sorted(config.stages, key=lambda name: (TASKS.index(config.stages[name].get("task", "pretrain")), config.stages[name].start_step))
+
+
+def check_vocabulary(stage: ConfigDict, config: ConfigDict) -> None:
+    """Raises BadInput for a fine-tuning stage whose tokenizer does not extend the one that pre-training uses."""
+    extended = -(-(config.model.vocab_size + len(CHAT_TOKENS)) // 8) * 8
+    if stage.task != "pretrain" and (stage.tokenizer.base, stage.model.vocab_size) != (config.tokenizer.path, extended):
+        raise BadInput(
+            f"stages.{stage.name}: tokenizer.base={stage.tokenizer.base} and model.vocab_size={stage.model.vocab_size} do not extend "
+            f"{config.tokenizer.path} of {config.model.vocab_size} pieces: set them to that path and to {extended}"
+        )
+
+
+def every_source(config: ConfigDict) -> list[str]:
+    return list(dict.fromkeys([*config.corpora, *(name for stage in config.stages.values() for name in stage.data.sources)]))
 
 
 def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -50,6 +64,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     for before, name in zip([None, *names], names, strict=False):
         stages[name] = stage_config(config, name, config.init_from if before is None else str(workdir / before))
         settle(stages[name])  # a mistake in the last stage is better known before the first
+        check_vocabulary(stages[name], config)
     if (workdir / "summary.json").exists() and all(is_finished(stage, workdir / name) for name, stage in stages.items()):
         metrics.console.print(f"Nothing left to do: {', '.join(names)} are finished in {workdir}.", soft_wrap=True)
         return True
@@ -59,7 +74,7 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
         for stage in stages.values():
             if stage.task != "pretrain":
                 finetuning.prepare_stage(stage)
-    elif missing := [name for name in config.corpora if not (pathlib.Path(config.data.dir) / name / MANIFEST).exists()]:
+    elif missing := [name for name in every_source(config) if not (pathlib.Path(config.data.dir) / name / MANIFEST).exists()]:
         raise BadInput(
             f"{missing[0]} is not prepared in {config.data.dir}: with several processes run tools/prepare_data.py with the same config first"
         )
@@ -75,12 +90,13 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
         if not train(stage, workdir / name).finished:
             return False
     if jax.process_index() == 0:
-        summarise(names, workdir)
+        summarise(stages, workdir)
     return True
 
 
-def summarise(names: list[str], workdir: pathlib.Path) -> None:
+def summarise(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
     """Prints what each stage did and writes `WORKDIR/curves.png` and `summary.json`."""
+    names, pretraining = list(stages), [name for name, stage in stages.items() if stage.task == "pretrain"]
     rows = {name: metrics.read_rows(workdir / name / "metrics.jsonl") for name in names}
     table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
     summary = {}
@@ -97,13 +113,12 @@ def summarise(names: list[str], workdir: pathlib.Path) -> None:
             shown = "  ".join(f"{source}: accuracy {value['accuracy']:.3f}" for source, value in final["validation"].items() if source != "all")
         table.add_row(name, f"{steps[0]['step'] - 1} -> {steps[-1]['step']}", f"{minutes:.1f}", f"{steps[-1]['loss']:.3f}", shown)
     metrics.console.print(table)
-    first = next(row["validation_perplexity"] for row in rows[names[0]] if "validation_perplexity" in row)
-    last = next(summary[name]["perplexity"] for name in reversed(names) if set(first) & set(summary[name].get("perplexity", ())) - {"all"})
+    first = next((row["validation_perplexity"] for row in rows[names[0]] if "validation_perplexity" in row), {})
+    last = next((summary[name]["perplexity"] for name in reversed(pretraining) if "perplexity" in summary[name]), {})
     for source in sorted(set(first) & set(last) - {"all"}):
         fold = first[source] / last[source]
         shown = f"{first[source]:,.1f} at step 0, {last[source]:,.2f} after pre-training: {fold:.0f}-fold lower"
         metrics.console.print(f"validation perplexity of {source}: {shown}")
     (workdir / "summary.json").write_text(json.dumps({"first_validation": first, "stages": summary}, indent=1) + "\n")
-    pretraining = [name for name in names if not {"sft", "dpo"} & {name}]
     metrics.plot_curves([workdir / name / "metrics.jsonl" for name in pretraining], workdir / "curves.png")
     metrics.console.print(f"Curves: {workdir / 'curves.png'}   Checkpoints: {workdir / names[-1] / checkpoint.FOLDER}", soft_wrap=True)

@@ -48,6 +48,8 @@ def reply(
         for call in message.tool_calls:
             show("calls", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
             try:
+                if call.name not in {tool["name"] for tool in offered}:
+                    raise BadInput(f"there is no tool {call.name!r}")
                 result = json.dumps(tools.execute(call.name, call.arguments), ensure_ascii=False)
             except BadInput as error:  # the model's mistake, for the model to see
                 result = json.dumps({"error": str(error)})
@@ -75,6 +77,8 @@ def main() -> None:
         names = [name for name in arguments.tools.split(",") if name]
         if unknown := [name for name in names if name not in tools.TOOLS]:
             raise BadInput(f"there is no tool {unknown[0]!r}: there are {', '.join(tools.TOOLS)}")
+        if not all(text.strip() for text in arguments.ask):
+            raise BadInput("--ask is empty: give it a text")
         offered = parse_tools([tools.schema(name) for name in names])
         engine = Engine.from_checkpoint(arguments.checkpoint)
         chat.check_tokenizer(engine.tokenizer)

@@ -58,8 +58,10 @@ def main() -> None:
 def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
     if arguments.questions < 1:
         raise BadInput(f"--questions={arguments.questions}: ask at least one")
-    engine = Engine.from_checkpoint(arguments.checkpoint)
-    results = {}
+    loaded = checkpoint.load(arguments.checkpoint)
+    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
+    print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}")
+    results: dict[str, Any] = dict(checkpoint=str(loaded.path), provenance=provenance(loaded.metadata), questions=arguments.questions)
     for task in tasks:
         verdicts = []
         for verdict in {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions):

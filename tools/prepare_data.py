@@ -24,7 +24,7 @@ from nanollama_jax.data.estimate import print_estimates
 from nanollama_jax.data.executor import KINDS, Executor
 from nanollama_jax.data.finetuning import prepare_stage
 from nanollama_jax.data.prepare import prepare_all
-from nanollama_jax.errors import flags_parser, one_line_errors
+from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:nano.", lock_config=True)
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Read a sample of each source, print what preparing it will take, and stop.")
@@ -37,6 +37,8 @@ MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: for one rank, which has
 
 def main(_: list[str]) -> None:
     with one_line_errors():
+        if DRY_RUN.value and CONFIG.value.task != "pretrain":
+            raise BadInput("--dry_run estimates pre-training's corpora: tools/check_finetuning_data.py reads conversations and pairs")
         if DRY_RUN.value:
             print_estimates(CONFIG.value)
             return

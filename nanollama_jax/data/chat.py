@@ -80,7 +80,10 @@ def encode(messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ())
     check_tokenizer(tokenizer)
     ids, learnt = [tokenizer.bos_id], [False]
     stretches = [stretch for stretch in render(messages, tools) if stretch.text]
-    encoded = iter(tokenizer.encode_batch([stretch.text for stretch in stretches if not stretch.special]))
+    try:
+        encoded = iter(tokenizer.encode_batch([stretch.text for stretch in stretches if not stretch.special]))
+    except (TypeError, UnicodeEncodeError) as error:  # SentencePiece's way to say so
+        raise BadInput(f"a message cannot be written as UTF-8: {error}") from error
     header_ids = tokenizer.encode(_ANSWER)
     for stretch in stretches:
         new = [tokenizer.control_id(stretch.text)] if stretch.special else next(encoded)
@@ -138,6 +141,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 def _parse_call(text: str) -> ToolCall | None:
     try:
         call = json.loads(text)
+        json.dumps(call, ensure_ascii=False).encode()  # JSON can spell what UTF-8 cannot: "\ud800"
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):

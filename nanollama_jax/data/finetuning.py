@@ -6,6 +6,7 @@ and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows=
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax.data import chat
-from nanollama_jax.data.conversations import Conversation, parse_conversation, read_rows
+from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, verify_shards, write_json
 from nanollama_jax.errors import BadInput
@@ -57,12 +58,11 @@ def prepare(
             raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; {name}.bad_rows=skip leaves them out)")
         left_out["bad"].append(str(mistake))
 
-    rows = read_rows(url, KINDS[kind], on_bad)
+    records = read_rows(url, lambda record, where: (where, *_record(KINDS[kind](record, where), tokenizer)), on_bad)
     console = rich.console.Console(stderr=True)
-    for row in rich.progress.track(rows, f"{name}: encoding", console=console, disable=not console.is_terminal):
-        record, prompt, length = _record(row, tokenizer)
+    for where, record, prompt, length in rich.progress.track(records, f"{name}: encoding", console=console, disable=not console.is_terminal):
         if length > max_tokens:
-            left_out["too long"].append(f"{row.where}: {length} tokens, where seq_len is {max_tokens}")
+            left_out["too long"].append(f"{where}: {length} tokens, where seq_len is {max_tokens}")
             continue
         hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
         split = "validation" if hashed < validation_fraction * 2**64 else "train"
@@ -79,14 +79,19 @@ def prepare(
 
 def _record(row: Conversation | Preference, tokenizer: Tokenizer) -> tuple[np.ndarray, bytes, int]:
     """The record, what decides its split, and how many tokens must fit into one row."""
-    if isinstance(row, Conversation):
-        (encoded,), answers_at = [_encoded(row.messages, row, tokenizer)], next(i for i, m in enumerate(row.messages) if m.role == "assistant")
-        return encoded, repr(row.messages[:answers_at]).encode(), len(encoded)
-    shared = len(chat.encode(row.prompt, tokenizer, row.tools).ids)
-    sides = [_encoded(row.prompt + answer, row, tokenizer) for answer in (row.chosen, row.rejected)]
+    begun = row.messages if isinstance(row, Conversation) else row.prompt
+    question = repr(list(itertools.takewhile(lambda message: message.role != "assistant", begun))).encode()
+    with naming(row.where):
+        if isinstance(row, Conversation):
+            encoded = _encoded(row.messages, row, tokenizer)
+            return encoded, question, len(encoded)
+        shared = len(chat.encode(row.prompt, tokenizer, row.tools).ids)
+        sides = [_encoded(row.prompt + answer, row, tokenizer) for answer in (row.chosen, row.rejected)]
+        if np.array_equal(*sides):
+            raise BadInput("`chosen` equals `rejected` but for whitespace: there is nothing to prefer, remove the row")
     for side in sides:
         side[:shared] &= ~SAID
-    return np.concatenate([[np.uint32(len(sides[0]))], *sides]), repr(row.prompt).encode(), sum(map(len, sides))
+    return np.concatenate([[np.uint32(len(sides[0]))], *sides]), question, sum(map(len, sides))
 
 
 def _encoded(messages: Sequence[Any], row: Conversation | Preference, tokenizer: Tokenizer) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanollama_jax.errors import BadInput
 
+LARGEST = 10**15  # of a number that a call may give
 CITIES = {"Lima": -5, "Quito": -5, "Havana": -5, "Boston": -5, "Chicago": -6, "Denver": -7, "Dakar": 0, "London": 0, "Lisbon": 0, "Oslo": 1,
           "Paris": 1, "Rome": 1, "Berlin": 1, "Madrid": 1, "Lagos": 1, "Cairo": 2, "Athens": 2, "Nairobi": 3, "Dubai": 4, "Dhaka": 6, "Hanoi": 7,
           "Manila": 8, "Tokyo": 9, "Sydney": 10}  # hours from UTC, in winter as in summer  # fmt: skip
@@ -67,6 +68,8 @@ def execute(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         kind, among = properties[argument]["type"], properties[argument].get("enum")
         if isinstance(value, bool) or not isinstance(value, {"string": str, "integer": int, "number": int | float}[kind]):
             raise BadInput(f"{name}: `{argument}` is {value!r}, not of type {kind}")
+        if not isinstance(value, str) and not abs(value) < LARGEST:
+            raise BadInput(f"{name}: `{argument}` is too large")
         if among and value not in among:
             raise BadInput(f"{name}: `{argument}` is {value!r}: give one of {', '.join(among)}")
     try:

@@ -3,12 +3,13 @@ trained on (data/reasoning.py, data/tool_conversations.py). Greedy.
 """
 
 import collections
-import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jsonschema
 
 from nanollama_jax.data import chat, reasoning, tool_conversations
-from nanollama_jax.data.conversations import Message, parse_conversation
+from nanollama_jax.data.conversations import Message, ToolCall, parse_conversation
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import tool_call
 
@@ -68,13 +69,6 @@ def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
     }
 
 
-def _fits(call, tools) -> bool:
-    tool = next((tool for tool in tools if tool["name"] == call.name), None)
-    if tool is None or set(call.arguments) != set(tool["parameters"]["required"]):
-        return False
-    kinds = {"string": str, "number": int | float, "integer": int}
-    properties = tool["parameters"]["properties"]
-    return all(
-        isinstance(value, kinds[properties[name]["type"]]) and value in properties[name].get("enum", [value])
-        for name, value in json.loads(json.dumps(call.arguments)).items()
-    )
+def _fits(call: ToolCall, tools: list[dict[str, Any]]) -> bool:
+    schemas = {tool["name"]: tool["parameters"] for tool in tools}
+    return call.name in schemas and jsonschema.Draft202012Validator(schemas[call.name]).is_valid(call.arguments)

@@ -9,7 +9,10 @@ def provenance(metadata: dict[str, Any]) -> dict[str, Any]:
     """What an export says of its training; that of an imported model is what its folder said. No paths and no addresses: those may be private."""
     if metadata.get("weights_only"):
         return metadata["provenance"]
-    corpora = metadata["config"].get("corpora", {})
+    config = metadata["config"]
+    corpora = config.get("corpora", {})
+    if config.get("task", "pretrain") != "pretrain":
+        corpora = {name: config["tuning"][name] for name in config["data"]["sources"] if name in config["tuning"]}
     origin = {"started_from": metadata["provenance"]} if metadata.get("provenance") else {}
     return origin | {
         "phase": metadata["phase"],
@@ -68,14 +71,17 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         "",
     ]
     if "step" in about:
-        if "started_from" in about:
-            lines += [f"Started from the weights of {_origin(about['started_from'])}, whose licence holds for this model too.", ""]
+        before = about
+        corpora = dict(about["corpora"])
+        while before := before.get("started_from"):
+            lines += [f"Started from the weights of {_origin(before)}, whose licence holds for this model too.", ""]
+            corpora = before.get("corpora", {}) | corpora
         lines += [
             f"Trained with nanollama-jax to step {about['step']:,} ({about['phase']}): {about['tokens_seen'] / 1e6:,.1f}M tokens.",
             "",
             "| corpus | licence |",
             "|---|---|",
-            *(f"| {name} | {licence} |" for name, licence in about["corpora"].items()),
+            *(f"| {name} | {licence} |" for name, licence in corpora.items()),
             "",
             f"Code: commit {about['git_commit']}. Tokenizer: sha256 {about['tokenizer_sha256']}. Data: sha256 {about['data_sha256']}.",
         ]

@@ -25,6 +25,6 @@ def show(message: Message, ended: bool = True) -> Iterator[str]:
     if message.content or not (message.thought or message.tool_calls):
         yield f"{NAMES.get(message.role, message.role)}: {message.content!r}"
     for call in message.tool_calls:
-        yield f"calls: {call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
+        yield f"calls: {call.name!r} ({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
     if not ended:
         yield "(cut off)"

@@ -14,7 +14,7 @@ from nanollama_jax.train.metrics import log
 KINDS = {"pretrain": "documents", "sft": "conversations", "dpo": "preferences"}  # task -> what its sources hold
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Feed:
     sources: dict[str, Source]  # of training and validation
     batches: Any  # a Grain iterator
@@ -27,6 +27,9 @@ def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
     shares, validated = dict(config.data.sources), config.data.validation or tuple(config.data.sources)
     names = dict.fromkeys((*shares, *validated))
     sources = {name: pipeline.open_source(config.data.dir, name, tokenizer, KINDS[config.task]) for name in names}
+    pipeline.check_weights(sources, shares)
+    if not set(validated) & set(shares):
+        raise BadInput(f"data.validation={validated} names none of data.sources: name one of {', '.join(shares)} too")
     packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
     steps = config.end_step - config.start_step
     for line in mix.repetition_warnings(mix.epochs(sources, shares, steps * config.tokens_per_step), config.name):

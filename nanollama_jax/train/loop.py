@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
+from nanollama_jax.export.model_card import provenance
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
@@ -36,7 +37,7 @@ from nanollama_jax.train import step as steps
 from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
 from nanollama_jax.train.objectives import means
-from nanollama_jax.train.origin import find_origin, known_order, weights_to_start_from
+from nanollama_jax.train.origin import find_origin, known_order, weights_of_start, weights_to_start_from
 from nanollama_jax.train.reference import open_reference
 from nanollama_jax.train.settle import settle
 
@@ -85,6 +86,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         origin, origin_step = find_origin(config, workdir, model, about_data)
         before = checkpoint.read_metadata(origin, origin_step) if origin else {}
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
+        if tuning and origin != workdir:
+            inherited["provenance"] = provenance(before)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
         if is_main:
@@ -120,12 +123,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         reference = None
         if config.task == "dpo":
-            start = lambda: jax.device_put(weights_to_start_from(config, *checkpoint.find(config.init_from), model), shardings.params)  # noqa: E731
-            known = before.get("reference_sha256") if origin == workdir else None
-            theta = float(rope_theta(step))
-            reference = open_reference(config, workdir, feed, known, start, model, theta, mesh)
-            feed.validation = {name: [reference.attach(batch) for batch in found] for name, found in feed.validation.items()}
-            inherited["reference_sha256"] = reference.fingerprint
+            resumed = origin == workdir
+            start = lambda: jax.device_put(weights_of_start(config, model), shardings.params) if resumed else state.params  # noqa: E731
+            known = before["reference_weights"] if resumed else None
+            reference = open_reference(config, workdir, feed, known, start, model, float(rope_theta(step)), mesh)
+            validation = {name: [reference.attach(batch) for batch in found] for name, found in feed.validation.items()}
+            feed = dataclasses.replace(feed, validation=validation)
+            inherited["reference_weights"] = reference.weights
 
         # ---- Report and compile
         reporter = metrics.Reporter(
@@ -181,7 +185,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 checkpoints.wait()
                 raise RunStopped(f"{text}. The run is saved; to go on all the same, run it again with --config.gates.enforce=False")
 
-        samples_now = tuning and jax.process_count() == 1 and config.samples.every and config.samples.prompts  # an engine is one process's
+        sampling = tuning and bool(config.samples.every and config.samples.prompts)
+        if sampling and jax.process_count() > 1:
+            log.info("%s: no samples with several processes: an engine is one process's", config.name)
+            sampling = False
         if step == 0:
             validate()
         pass_gate(None)  # one that held the run before
@@ -200,7 +207,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             at_gate = gate_limits(step) is not None
             to_validate = step % config.validation.every == 0 or step == config.end_step or at_gate
             to_save = step % config.checkpoint.every == 0 or step == config.end_step or at_gate or stop
-            to_sample = samples_now and not stop and (step % config.samples.every == 0 or step == config.end_step)
+            to_sample = sampling and not stop and (step % config.samples.every == 0 or step == config.end_step)
             if to_validate or to_save or to_sample:
                 meter.flush()
                 # In this order: what a checkpoint claims to have been validated is on record; a gate holds a run that is saved.

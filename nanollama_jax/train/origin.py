@@ -59,7 +59,7 @@ def check_start_of_tuning(workdir: pathlib.Path, step: int, config: ConfigDict, 
         raise BadInput(f"init_from={workdir}: its tokenizer has no chat tokens: fine-tune it first (configs/sft.py)")
     check_same(workdir, step, model, {"tokenizer_sha256": tokenizer_sha256}, weights_only=True)
     if metadata["rope_theta"] != config.rope.end_theta or config.rope.start_theta != config.rope.end_theta:
-        theta = f"{metadata['rope_theta']:g}"
+        theta = repr(metadata["rope_theta"])
         raise BadInput(f"init_from={workdir} was trained up to rope theta {theta}: set rope.start_theta={theta} and rope.end_theta={theta}")
 
 
@@ -69,6 +69,13 @@ def weights_to_start_from(config: ConfigDict, workdir: pathlib.Path, step: int, 
     if config.task == "sft":
         params = extend_vocabulary(params, model.vocab_size)
     return stack_layers(params, model.num_layers) if model.scan_layers else params
+
+
+def weights_of_start(config: ConfigDict, model: ModelConfig) -> Any:
+    """The parameters that a fine-tuning run began with, of `config.init_from`. Raises BadInput if they are not there any more."""
+    if not (found := config.init_from and checkpoint.find(config.init_from)):
+        raise BadInput(f"init_from={config.init_from!r}: the model that this run began with is wanted once more, and there is no checkpoint: name it")
+    return weights_to_start_from(config, *found, model)
 
 
 def extend_vocabulary(params: Any, vocab_size: int) -> Any:
@@ -99,12 +106,13 @@ def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> 
     """Refuses to go on with an iterator's position in another stream of batches: rows would be skipped or doubled."""
     before, now = checkpoint.read_metadata(workdir, step)["config"], json.loads(config.to_json_best_effort())
     keys = [("seed",), ("start_step",), ("seq_len",), ("batch_size",), ("data", "max_segments"), ("data", "sources")]
+    keys += [("rope",)] if config.task != "pretrain" else []
     for key in keys:
         old, new = (functools.reduce(lambda tree, name: tree[name], key, tree) for tree in (before, now))
         if old != new:
             name = ".".join(key)
             raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
-    if (old := shuffle_windows(before)) != (new := shuffle_windows(now)):
+    if config.task == "pretrain" and (old := shuffle_windows(before)) != (new := shuffle_windows(now)):
         raise BadInput(f"the run in {workdir} shuffles among {old} rows, and with end_step={config.end_step} it would among {new}: set end_step back")
 
 

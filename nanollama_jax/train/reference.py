@@ -1,5 +1,5 @@
 """DPO's reference: the log-probabilities that the model gave every answer before training, computed once, by the step's own kernels, and kept in
-`WORKDIR/reference.npz` under a fingerprint of the weights and the data.
+`WORKDIR/reference.npz` with fingerprints of the weights and of the data.
 """
 
 import functools
@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,10 @@ FILE = "reference.npz"
 
 
 class Reference:
-    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `fingerprint` is kept in checkpoints."""
+    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `weights`, the fingerprint, is kept in checkpoints."""
 
-    def __init__(self, logprobs: np.ndarray, fingerprint: str):
-        self.logprobs, self.fingerprint = logprobs, fingerprint  # (pairs, 2) float32: chosen, rejected
+    def __init__(self, logprobs: np.ndarray, weights: str):
+        self.logprobs, self.weights = logprobs, weights  # (pairs, 2) float32: chosen, rejected
 
     def attach(self, batch: Batch) -> Batch:
         pairs_BP = batch["pairs"]
@@ -45,20 +46,20 @@ def open_reference(
 ) -> Reference:  # fmt: skip
     """Read from `workdir`, or computed with the weights of `initial_params()` and written there. `expected` is the fingerprint of the run that is
     gone on with, None for a new one. Raises BadInput where a file's fingerprint, or that of the weights, is another than it must be."""
-    path, about_data = workdir / FILE, pipeline.fingerprint(feed.sources)
+    path, of_data = workdir / FILE, pipeline.fingerprint(feed.sources)
     params = None
     if expected is None or not path.exists():
         params = initial_params()
-        fingerprint = hashlib.sha256(f"{checksum(params)} {about_data}".encode()).hexdigest()
-        if expected not in (None, fingerprint):
+        weights = checksum(params)
+        if expected not in (None, weights):
             raise BadInput(f"{path} is gone, and init_from={config.init_from} is not the model this run began with: set it back")
-        expected = fingerprint
+        expected = weights
     if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            found = str(file["fingerprint"])
-            if found == expected:
-                return Reference(file["logprobs"], found)
-        raise BadInput(f"{path} was computed with another model or other data: remove it to compute it anew, or choose another --workdir")
+        found = _read(path)
+        if (found["weights"], found["data"]) != (expected, of_data):
+            what = "another model" if found["weights"] != expected else "other data"
+            raise BadInput(f"{path} was computed with {what}: set that back, or remove the file to compute it anew, or choose another --workdir")
+        return Reference(found["logprobs"], expected)
 
     logprobs = np.zeros((sum(len(rows.units) for rows in feed.rows), 2), np.float32)
     segments, whole = config.data.max_segments, sharding.replicated(mesh)
@@ -76,9 +77,17 @@ def open_reference(
                 said = time.monotonic()
     if jax.process_index() == 0:
         temporary = path.with_name(f".{FILE}.tmp.npz")
-        np.savez(temporary, logprobs=logprobs, fingerprint=expected)
+        np.savez(temporary, logprobs=logprobs, weights=expected, data=of_data)
         os.replace(temporary, path)
     return Reference(logprobs, expected)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {"logprobs": file["logprobs"], "weights": str(file["weights"]), "data": str(file["data"])}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path} is damaged ({error}): remove it, and it is computed anew") from error
 
 
 def checksum(params: Any) -> str:

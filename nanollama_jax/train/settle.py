@@ -43,6 +43,8 @@ def settle(config: ConfigDict) -> ModelConfig:
         raise BadInput(f"task={c.task!r} is unknown: choose one of {', '.join(TASKS)}")
     if c.task == "dpo" and (c.data.max_segments % 2 or not 0 <= c.preference.label_smoothing < 0.5 or c.preference.beta <= 0):
         raise BadInput("dpo: data.max_segments must be even, preference.beta above 0 and preference.label_smoothing at least 0 and below 0.5")
+    if c.samples.every < 0 or c.samples.max_new_tokens < 1:
+        raise BadInput("samples.every must be at least 0 and samples.max_new_tokens at least 1")
     if c.rope.schedule not in ("ramp", "jump"):
         raise BadInput(f"rope.schedule={c.rope.schedule!r} is unknown: choose ramp or jump")
     if not c.data.sources:
@@ -69,6 +71,11 @@ def settle(config: ConfigDict) -> ModelConfig:
     if model["attention"] == "auto":
         capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
         model["attention"] = fastest_attention(model, capability)
+    if c.task == "dpo" and model["attention"] == "cudnn_packed" and model["packed_documents"] < c.data.max_segments:
+        raise BadInput(
+            f"dpo: model.packed_documents={model['packed_documents']} and data.max_segments={c.data.max_segments}: attention would merge answers; "
+            "make them equal"
+        )
     if model["remat"] == "auto":
         model["remat"] = "full"
         if device.memory_stats():  # a CPU does not say what it has, and keeps the least

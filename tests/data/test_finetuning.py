@@ -1,5 +1,6 @@
 """Conversations and pairs on disk: what a record says, what is refused, and what is left out and named."""
 
+import contextlib
 import json
 
 import pytest
@@ -18,7 +19,8 @@ BAD = {
     "user after user, where assistant is expected": {"messages": [GOOD["messages"][0], GOOD["messages"][0]]},
     "is not JSON": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "now", "arguments": "{"}]}], "tools": TOOLS},
     "not among the tools": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {}}]}], "tools": TOOLS},
-    "`chosen` equals `rejected`": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "`chosen` equals `rejected`:": {"prompt": "a", "chosen": "b", "rejected": "b"},
+    "`chosen` equals `rejected` but for whitespace": {"prompt": "a", "chosen": "b", "rejected": "b\n"},
 }
 
 
@@ -112,6 +114,19 @@ def test_prepared_again(tokenizer, tmp_path):
     source = pipeline.open_source(tmp_path, "chats", tokenizer, "conversations")
     with pytest.raises(BadInput, match="was prepared for rows of 128 tokens"):
         rows.Rows.of(source, "train", seq_len=64, max_segments=8)
+
+
+def test_a_longer_conversation_is_on_the_side_of_its_beginning(tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for i in range(20):
+        begun = [turns[0] | {"content": f"a{i}"}]
+        made = [{"prompt": begun, "chosen": "x", "rejected": "y"}, {"prompt": begun + turns[1:], "chosen": "x", "rejected": "y"}] * 2
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        made.append({"prompt": f"always train {i}", "chosen": "x", "rejected": "y"})
+        with contextlib.suppress(BadInput):  # all of it on the other side
+            splits = prepare(folder, tokenizer, made, kind="preferences", validation_fraction=0.5)["splits"]
+            assert splits["train"]["documents"] in (1, 4, 5)
 
 
 def test_nothing_to_train_on(tokenizer, trained, tmp_path):

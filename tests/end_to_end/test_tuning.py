@@ -62,18 +62,23 @@ def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
 
 def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
     shutil.copytree(undisturbed / "dpo", tmp_path / "dpo")
-    with np.load(tmp_path / "dpo" / "reference.npz") as reference:
-        np.savez(tmp_path / "dpo" / "reference.npz", logprobs=reference["logprobs"], fingerprint="0" * 64)
-    shutil.rmtree(tmp_path / "dpo" / "checkpoints")
-    start = f"--config.init_from={undisturbed / 'sft'}"
-    assert "was computed with another model or other data: remove it" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
-    (tmp_path / "dpo" / "reference.npz").unlink()
+    path, start = tmp_path / "dpo" / "reference.npz", f"--config.init_from={undisturbed / 'sft'}"
+    with np.load(path) as reference:
+        kept = dict(reference)
+    np.savez(path, **kept | {"data": "0" * 64})
+    assert "was computed with other data: set that back" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
+    path.write_bytes(b"PK")
+    assert "is damaged" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
+    # gone on with, the run wants the model that it began with
+    path.unlink()
+    shutil.rmtree(tmp_path / "dpo" / "checkpoints" / "step_8")
+    assert "name it" in lab.run("dpo", tmp_path / "dpo", expect=2)
+    assert "is not the model this run began with" in lab.run("dpo", tmp_path / "dpo", f"--config.init_from={tmp_path / 'dpo'}", expect=2)
     assert "finished at step 8" in lab.run("dpo", tmp_path / "dpo", start)
     assert_bit_identical(tmp_path / "dpo", undisturbed / "dpo")
-    # gone on with, the run wants the model that it began with
-    (tmp_path / "dpo" / "reference.npz").unlink()
-    shutil.rmtree(tmp_path / "dpo" / "checkpoints" / "step_8")
-    assert "is not the model this run began with" in lab.run("dpo", tmp_path / "dpo", f"--config.init_from={tmp_path / 'dpo'}", expect=2)
+    np.savez(path, **kept | {"weights": "0" * 64})
+    shutil.rmtree(tmp_path / "dpo" / "checkpoints")
+    assert "was computed with another model" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
 
 
 def test_a_bad_row_ends_the_preparation_in_one_line(lab, tmp_path):

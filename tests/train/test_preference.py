@@ -1,0 +1,196 @@
+"""DPO's objective against float64, where it starts, and that no mean is of means: rows of very unequal weight, micro-batches, two devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanollama_jax import sharding
+from nanollama_jax.data.finetuning import SAID
+from nanollama_jax.data.rows import Rows
+from nanollama_jax.train import objectives, optimizer, reference, step
+from nanollama_jax.train.losses import preference_loss
+from tests.model.oracle import random_params
+from tests.train.test_step import ADAMW, TINY
+
+T, SEGMENTS, CHUNK = 512, 10, 48
+LEARNT = (1, 500, 3, 200, 2, 1, 400, 7)  # tokens of each row
+PAIRS = (1, 5, 1, 2, 5, 1, 3, 5)  # of each row
+THETA = np.float32(1e4)
+
+
+@functools.cache
+def params():
+    """Float32, whatever the activations. Made outside of any mesh."""
+    return jax.device_get(random_params(TINY))
+
+
+# ---- The loss
+
+
+def float64_oracle(logprobs, reference, counts, beta, label_smoothing, length_normalised):
+    """loss, accuracy, margin, rewards of the chosen and of the rejected: (pairs,) each, in float64."""
+    logprobs, reference, counts = (np.asarray(x, np.float64).reshape(-1, 2) for x in (logprobs, reference, counts))
+    logprobs, reference, counts = (x[counts[:, 0] > 0] for x in (logprobs, reference, counts))
+    rewards = beta * (logprobs - reference) / (counts if length_normalised else 1)
+    margin = rewards[:, 0] - rewards[:, 1]
+    loss = (1 - label_smoothing) * np.log1p(np.exp(-margin)) + label_smoothing * np.log1p(np.exp(margin))
+    return loss, margin > 0, margin, *rewards.T
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+@pytest.mark.parametrize(("beta", "label_smoothing"), [(0.1, 0.0), (0.5, 0.1)])
+def test_loss_agrees_with_float64(beta, label_smoothing, length_normalised):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, (6, 8)).astype(np.float32)
+    counts[2:, 4:] = counts[5] = 0  # empty slots, and an empty row
+    logprobs, of_reference = (-rng.uniform(0, 3, (6, 8)) * counts for _ in range(2))
+    settings = (beta, label_smoothing, length_normalised)
+    loss, d_logprobs, sums = preference_loss(*(jnp.asarray(x, jnp.float32) for x in (logprobs, of_reference, counts)), *settings)
+    names = ("accuracy", "margin", "reward_chosen", "reward_rejected")
+    expected = [each.sum() for each in float64_oracle(logprobs, of_reference, counts, *settings)]
+    np.testing.assert_allclose([loss, *(sums[name] for name in names)], expected, rtol=1e-5)
+    assert sums["weight"] == (counts[:, ::2] > 0).sum() == 14
+    for row, column in ((0, 0), (1, 3), (4, 1), (3, 6)):  # the derivative, by differences
+        shift = np.zeros_like(logprobs)
+        shift[row, column] = 1e-4
+        around = [float64_oracle(logprobs + sign * shift, of_reference, counts, *settings)[0].sum() for sign in (1, -1)]
+        assert d_logprobs[row, column] == pytest.approx((around[0] - around[1]) / 2e-4, rel=1e-4, abs=1e-7)
+
+
+# ---- Batches
+
+
+def side(rng, length: int, learnt: int) -> np.ndarray:
+    """Random ids of which the last `learnt` are, a context of one at least before them."""
+    ids = rng.integers(0, TINY.vocab_size, length).astype(np.uint32)
+    ids[length - learnt :] |= SAID
+    return ids
+
+
+def conversations() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    units = [[side(rng, learnt + 2, learnt)] for learnt in LEARNT]
+    (batch,) = Rows(units, [[number] for number in range(len(units))], T, 4, pairs=False).batches(len(units))
+    assert batch["loss_weights"].sum(1).tolist() == list(LEARNT)
+    return batch
+
+
+def pair_rows() -> Rows:
+    rng = np.random.default_rng(2)
+    units = [[side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 40], 2)] for _ in range(sum(PAIRS))]
+    ends = np.cumsum(PAIRS)
+    return Rows(units, [list(range(end - count, end)) for end, count in zip(ends, PAIRS)], T, SEGMENTS, pairs=True)
+
+
+def pairs_with_reference() -> dict[str, np.ndarray]:
+    """The reference is drawn, so that every pair has another loss."""
+    rows = pair_rows()
+    (batch,) = rows.batches(len(rows))
+    learnt = np.array([[sum(ids >> 31) for ids in unit] for unit in rows.units])
+    drawn = -learnt * np.random.default_rng(3).uniform(3, 8, learnt.shape)
+    return reference.Reference(drawn.astype(np.float32), "").attach(batch)
+
+
+OBJECTIVES = {
+    "next_token": (functools.partial(objectives.next_token, model=TINY, z_loss=1e-4, chunk_tokens=CHUNK), conversations),
+    "preference": (
+        functools.partial(objectives.preference, model=TINY, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=False),
+        pairs_with_reference,
+    ),
+}
+
+
+def train(name, data, fsdp, accumulation, steps=2):
+    """The metrics of each step, and the parameters after them."""
+    objective, make_batch = OBJECTIVES[name]
+    batch, start = make_batch(), params()
+    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+    with sharding.use_mesh(mesh):
+        make, _, shardings = step.init_state(TINY, ADAMW, mesh, seed=0)
+        run = functools.partial(
+            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=TINY.dtype,
+            learning_rate=functools.partial(optimizer.wsd_schedule, peak=1e-3, warmup_steps=1, decay_start=15, total_steps=20),
+            rope_theta=lambda _: jnp.float32(THETA),
+        )  # fmt: skip
+        compiled = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))
+        state = make()
+        state = state.replace(params=jax.device_put(start, shardings.params))
+        metrics = []
+        for _ in range(steps):
+            state, found = compiled(state, sharding.put_batch(batch, mesh))
+            metrics.append(jax.device_get(found))
+        return metrics, jax.device_get(state.params)
+
+
+@functools.cache
+def alone(name):
+    return train(name, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_loss_is_the_mean_over_all_tokens_or_pairs(name):
+    """Of the whole batch at once; the mean of the rows' means is far from it, so that the next test can tell them apart."""
+    objective, make_batch = OBJECTIVES[name]
+    batch, start = make_batch(), params()
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    with sharding.use_mesh(mesh):
+        run = jax.jit(functools.partial(step.validation_step, objective=objective))
+        rows = [run(start, {key: array[i : i + 1] for key, array in batch.items()}, THETA) for i in range(8)]
+    weights, losses = (np.array([row[key] for row in rows], np.float64) for key in ("weight", "loss"))
+    assert weights.tolist() == list(LEARNT if name == "next_token" else PAIRS)
+    found = alone(name)[0][0]
+    assert found["loss"] == pytest.approx(losses.sum() / weights.sum(), rel=1e-5)
+    assert found["learnt_tokens"] == batch["loss_weights"].sum()
+    assert abs(found["loss"] / np.mean(losses / weights) - 1) > 1e-2
+
+
+@pytest.mark.parametrize(("data", "fsdp", "accumulation"), [(1, 1, 4), (1, 2, 1), (2, 1, 4)])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_devices_and_microbatches_change_nothing(name, data, fsdp, accumulation):
+    """AdamW does not see a constant factor in all gradients: their norm does."""
+    (expected, trained), (found, ours) = alone(name), train(name, data, fsdp, accumulation)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, trained)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), trained, params()))) > 1e-3
+
+
+# ---- Where it starts
+
+
+@pytest.mark.parametrize(("dtype", "accumulation"), [("float32", 1), ("bfloat16", 4)])
+def test_at_the_reference_it_is_log_2(dtype, accumulation):
+    """The reference in micro-batches of its own, the step as training has it."""
+    model, rows = dataclasses.replace(TINY, dtype=dtype), pair_rows()
+    start = params()
+    mesh = sharding.make_mesh(1, 2)
+    with sharding.use_mesh(mesh):
+        make, _, shardings = step.init_state(model, ADAMW, mesh, seed=0)
+        state = make()
+        state = state.replace(params=jax.device_put(start, shardings.params))
+        ask = jax.jit(functools.partial(reference._logprobs, model=model, segments=SEGMENTS, chunk_tokens=CHUNK))
+        logprobs = np.zeros((len(rows.units), 2), np.float32)
+        for batch in rows.batches(len(rows) // accumulation):
+            pairs_BP = batch.pop("pairs")
+            found = np.asarray(ask(state.params, sharding.put_batch(batch, mesh), THETA)).reshape(*pairs_BP.shape, 2)
+            logprobs[pairs_BP[pairs_BP >= 0]] = found[pairs_BP >= 0]
+        assert (logprobs < 0).all()
+        objective = functools.partial(objectives.preference, model=model, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.0, length_normalised=False)
+        run = functools.partial(
+            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=dtype,
+            learning_rate=lambda _: jnp.float32(1e-3), rope_theta=lambda _: jnp.float32(THETA),
+        )  # fmt: skip
+        (batch,) = rows.batches(len(rows))
+        attached = reference.Reference(logprobs, "").attach(batch)
+        _, metrics = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))(state, sharding.put_batch(attached, mesh))
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for name in ("accuracy", "margin", "reward_chosen", "reward_rejected", "kl"):
+        assert metrics[name] == pytest.approx(0, abs=1e-6), name
+    assert metrics["grad_norm"] > 0 and metrics["logprob_chosen"] < 0
