@@ -17,8 +17,9 @@ from nanollama_jax.train.losses import preference_loss
 from tests.model.oracle import random_params
 from tests.train.test_step import ADAMW, TINY
 
-T, SEGMENTS, CHUNK = 512, 10, 48
-LEARNT = (1, 500, 3, 200, 2, 1, 400, 7)  # tokens of each row
+MODEL = dataclasses.replace(TINY, num_layers=1)
+T, SEGMENTS, CHUNK = 256, 10, 48
+LEARNT = (1, 250, 3, 100, 2, 1, 200, 7)  # tokens of each row
 PAIRS = (1, 5, 1, 2, 5, 1, 3, 5)  # of each row
 THETA = np.float32(1e4)
 
@@ -26,7 +27,7 @@ THETA = np.float32(1e4)
 @functools.cache
 def params():
     """Float32, whatever the activations. Made outside of any mesh."""
-    return jax.device_get(random_params(TINY))
+    return jax.device_get(random_params(MODEL))
 
 
 # ---- The loss
@@ -67,7 +68,7 @@ def test_loss_agrees_with_float64(beta, label_smoothing, length_normalised):
 
 def side(rng, length: int, learnt: int) -> np.ndarray:
     """Random ids of which the last `learnt` are, a context of one at least before them."""
-    ids = rng.integers(0, TINY.vocab_size, length).astype(np.uint32)
+    ids = rng.integers(0, MODEL.vocab_size, length).astype(np.uint32)
     ids[length - learnt :] |= SAID
     return ids
 
@@ -82,7 +83,7 @@ def conversations() -> dict[str, np.ndarray]:
 
 def pair_rows() -> Rows:
     rng = np.random.default_rng(2)
-    units = [[side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 40], 2)] for _ in range(sum(PAIRS))]
+    units = [[side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 15], 2)] for _ in range(sum(PAIRS))]
     ends = np.cumsum(PAIRS)
     return Rows(units, [list(range(end - count, end)) for end, count in zip(ends, PAIRS)], T, SEGMENTS, pairs=True)
 
@@ -97,12 +98,19 @@ def pairs_with_reference() -> dict[str, np.ndarray]:
 
 
 OBJECTIVES = {
-    "next_token": (functools.partial(objectives.next_token, model=TINY, z_loss=1e-4, chunk_tokens=CHUNK), conversations),
+    "next_token": (functools.partial(objectives.next_token, model=MODEL, z_loss=1e-4, chunk_tokens=CHUNK), conversations),
     "preference": (
-        functools.partial(objectives.preference, model=TINY, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=False),
+        functools.partial(objectives.preference, model=MODEL, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=False),
         pairs_with_reference,
     ),
 }
+
+
+def state_on(mesh, start):
+    """That of training before its first step, and its shardings; the initialisers are not compiled, which takes longer than the tests."""
+    _, _, shardings = step.init_state(MODEL, ADAMW, mesh, seed=0)
+    state = step.TrainState(step=np.int32(0), skipped=np.int32(0), params=start, opt_state=jax.device_get(ADAMW.init(start)))
+    return jax.device_put(state, shardings), shardings
 
 
 def train(name, data, fsdp, accumulation, steps=2):
@@ -111,15 +119,13 @@ def train(name, data, fsdp, accumulation, steps=2):
     batch, start = make_batch(), params()
     mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
     with sharding.use_mesh(mesh):
-        make, _, shardings = step.init_state(TINY, ADAMW, mesh, seed=0)
+        state, shardings = state_on(mesh, start)
         run = functools.partial(
-            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=TINY.dtype,
+            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=MODEL.dtype,
             learning_rate=functools.partial(optimizer.wsd_schedule, peak=1e-3, warmup_steps=1, decay_start=15, total_steps=20),
             rope_theta=lambda _: jnp.float32(THETA),
         )  # fmt: skip
         compiled = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))
-        state = make()
-        state = state.replace(params=jax.device_put(start, shardings.params))
         metrics = []
         for _ in range(steps):
             state, found = compiled(state, sharding.put_batch(batch, mesh))
@@ -168,13 +174,11 @@ def test_devices_and_microbatches_change_nothing(name, data, fsdp, accumulation)
 @pytest.mark.parametrize(("dtype", "accumulation"), [("float32", 1), ("bfloat16", 4)])
 def test_at_the_reference_it_is_log_2(dtype, accumulation):
     """The reference in micro-batches of its own, the step as training has it."""
-    model, rows = dataclasses.replace(TINY, dtype=dtype), pair_rows()
+    model, rows = dataclasses.replace(MODEL, dtype=dtype), pair_rows()
     start = params()
-    mesh = sharding.make_mesh(1, 2)
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     with sharding.use_mesh(mesh):
-        make, _, shardings = step.init_state(model, ADAMW, mesh, seed=0)
-        state = make()
-        state = state.replace(params=jax.device_put(start, shardings.params))
+        state, shardings = state_on(mesh, start)
         ask = jax.jit(functools.partial(reference._logprobs, model=model, segments=SEGMENTS, chunk_tokens=CHUNK))
         logprobs = np.zeros((len(rows.units), 2), np.float32)
         for batch in rows.batches(len(rows) // accumulation):
