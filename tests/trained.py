@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import pytest
 from ml_collections import ConfigDict
@@ -22,18 +23,23 @@ STEPS = 60
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> pathlib.Path:
-    """Its workdir; with several test workers, the first one there makes it for all."""
+    """Its workdir."""
+    return once(tmp_path_factory, "trained", _make) / "run"
+
+
+def once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """A folder that `make` fills; with several test workers, the first one there makes it for all."""
     root = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent
-    folder = root / "trained"
+    folder = root / name
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with root.joinpath(f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            _make(folder)
-            (folder / "done").touch()
-    return folder / "run"
+        if not root.joinpath(f"{name}.done").exists():
+            make(folder)
+            root.joinpath(f"{name}.done").touch()
+    return folder
 
 
 def _make(folder: pathlib.Path) -> None:

@@ -52,7 +52,8 @@ def preference_loss(logprobs_BM, reference_BM, counts_BM, beta: float, label_smo
     chosen then rejected: `(loss, d_logprobs_BM, sums)`, the sum over pairs, its derivative, and what is logged.
 
     `logprobs_BM` and `reference_BM` are summed log-probabilities of the answers' tokens, of which there are `counts_BM` (0: no such answer);
-    `length_normalised` divides both by it. As in TRL, rewards are beta times what the policy gained on the reference.
+    `length_normalised` divides both by it. Rewards are beta times what the policy gained on the reference, as in TRL,
+    and a token's share of that when normalised.
     """
     exists_BP = (counts_BM[:, ::2] > 0).astype(jnp.float32)
     per_token = 1.0 / jnp.maximum(counts_BM, 1.0) if length_normalised else jnp.ones_like(counts_BM)

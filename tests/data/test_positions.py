@@ -113,6 +113,6 @@ def source_of(tokens, tokenizer) -> str:
 
 def stream_of(source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The first epoch's documents end to end, and where each starts."""
-    documents = pipeline._documents(source, "train", tokenizer).seed(pipeline._own_seed(0, source.name)).shuffle()
+    documents = pipeline._documents(source, "train", tokenizer).seed(pipeline.own_seed(0, source.name)).shuffle()
     arrays = [documents[i] for i in range(len(documents))]
     return np.concatenate(arrays), np.cumsum([0] + [len(array) for array in arrays])

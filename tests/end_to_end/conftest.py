@@ -13,6 +13,7 @@ import pytest
 from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.train.metrics import read_rows
 from tests.conftest import COMPILE_FAST, ROOT
+from tests.trained import once
 
 MODEL = ["num_layers=2", "d_model=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "ffn_dim=64", "vocab_size=320"]
 STAGES = {"phase1": (0, 40, 32, 8), "phase2_8k": (40, 60, 64, 4), "phase2_16k": (60, 70, 128, 2), "phase3": (70, 80, 32, 8)}
@@ -88,7 +89,10 @@ def rows(workdir: pathlib.Path) -> dict[int, dict]:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory) -> Lab:
-    root = tmp_path_factory.mktemp("lab")
+    return Lab(once(tmp_path_factory, "lab", fill))
+
+
+def fill(root: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     for name, alphabet in zip(SOURCES, ("abcdefgh ", "ijklmnop ", "0123456789 +="), strict=True):
         texts = ["".join(rng.choice(list(alphabet), n, p=None)) * 3 for n in rng.integers(5, 400, 300)]
@@ -103,12 +107,9 @@ def lab(tmp_path_factory) -> Lab:
     train_tokenizer_for(list(urls.values()), root / "tokenizer.model", 320, 10**6)
     for name, url in urls.items():
         prepare_source(name, url, "none", root / name, root / "tokenizer.model", validation_fraction=0.1, tasks=2)
-    return Lab(root)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(lab, tmp_path_factory) -> pathlib.Path:
     """The workdir of a whole curriculum that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    lab.run("curriculum", workdir)
-    return workdir
+    return once(tmp_path_factory, "undisturbed", lambda workdir: lab.run("curriculum", workdir))

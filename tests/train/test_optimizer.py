@@ -19,11 +19,15 @@ def test_wsd_of_the_1b_curriculum():
     np.testing.assert_allclose(lr, [3e-7, 3e-4, 6e-4, 6e-4, 6e-4, 6e-4, 3e-4, 6e-4 / 23_000, 0], rtol=1e-5)
 
 
+def pretraining(config):
+    stages = [stage_config(config, name, "") for name in stage_names(config)]
+    return [stage for stage in stages if stage.task == "pretrain"]
+
+
 def test_rope_theta_ramps_over_phase_2_8k_and_jumps_if_asked():
     config = get_config("1b")
     thetas = []
-    for name in stage_names(config):
-        stage = stage_config(config, name, "")
+    for stage in pretraining(config):
         options = dict(start_theta=stage.rope.start_theta, end_theta=stage.rope.end_theta, start_step=stage.start_step, end_step=stage.end_step)
         thetas += [float(optimizer.rope_theta_schedule(s, **options, kind=stage.rope.schedule)) for s in (stage.start_step, stage.end_step)]
         assert float(optimizer.rope_theta_schedule(stage.start_step, **options, kind="jump")) == stage.rope.end_theta
@@ -47,7 +51,7 @@ def test_weight_decay_is_on_matrices_only():
 @pytest.mark.parametrize("scale", common.MODELS)
 def test_every_scale_has_the_recipe_proportions(scale):
     config = get_config(scale)
-    stages = [stage_config(config, name, "") for name in stage_names(config)]
+    stages = pretraining(config)
     assert [s.name for s in stages] == ["phase1", "phase2_8k", "phase2_16k", "phase3"]
     assert [s.start_step for s in stages[1:]] == [s.end_step for s in stages[:-1]]
     assert all(s.batch_size * s.seq_len == s.tokens_per_step for s in stages)
@@ -71,7 +75,8 @@ def test_every_stage_of_every_scale_is_accepted_on_one_device_and_two(scale, dev
 
 
 def test_1b_figures():
-    stages = [stage_config(get_config("1b"), name, "") for name in stage_names(get_config("1b"))]
+    config = get_config("1b")
+    stages = pretraining(config)
     assert [(s.end_step, s.seq_len, s.batch_size) for s in stages] == [
         (184_000, 4096, 32),
         (194_000, 8192, 16),
@@ -79,3 +84,8 @@ def test_1b_figures():
         (230_000, 4096, 32),
     ]
     assert sum((s.end_step - s.start_step) * s.tokens_per_step for s in stages) == 230_000 * 131_072
+    assert stage_names(config)[4:] == ["sft", "dpo"]
+    sft, dpo = (stage_config(config, name, "") for name in ("sft", "dpo"))
+    assert (sft.end_step, sft.batch_size, sft.seq_len, sft.optimizer.peak_lr, sft.model.vocab_size) == (12_000, 8, 2048, 1e-5, 32_008)
+    assert dict(sft.data.sources) == {"oasst2": 0.5, "metamath": 0.25, "hermes": 0.25}
+    assert (dpo.end_step, dpo.batch_size, dpo.optimizer.peak_lr, dpo.preference.beta) == (5000, 4, 5e-7, 0.1)

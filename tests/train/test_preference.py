@@ -13,7 +13,7 @@ from nanollama_jax import sharding
 from nanollama_jax.data.finetuning import SAID
 from nanollama_jax.data.rows import Rows
 from nanollama_jax.train import objectives, optimizer, reference, step
-from nanollama_jax.train.losses import preference_loss
+from nanollama_jax.train.losses import preference_loss, token_logprobs
 from tests.model.oracle import random_params
 from tests.train.test_step import ADAMW, TINY
 
@@ -61,6 +61,25 @@ def test_loss_agrees_with_float64(beta, label_smoothing, length_normalised):
         shift[row, column] = 1e-4
         around = [float64_oracle(logprobs + sign * shift, of_reference, counts, *settings)[0].sum() for sign in (1, -1)]
         assert d_logprobs[row, column] == pytest.approx((around[0] - around[1]) / 2e-4, rel=1e-4, abs=1e-7)
+
+
+def test_long_answers_are_summed_to_the_last_bit():
+    """What DPO learns from is the small difference of two large sums: float32, added one by one, is off by several last bits."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 1024, 32)).astype(np.float32), rng.normal(size=(32, MODEL.vocab_size)).astype(np.float32)
+    segments = np.repeat([[1, 2, 3]], [600, 400, 24], 1).repeat(2, 0).astype(np.int32)
+    batch = {
+        "targets": rng.integers(0, MODEL.vocab_size, (2, 1024)).astype(np.int32),
+        "segment_ids": segments,
+        "loss_weights": (segments < 3).astype(np.float32),
+    }
+    with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+        of_token = np.asarray(jax.jit(functools.partial(token_logprobs, chunk_tokens=CHUNK))(hidden, head, batch["targets"]))
+        found, counts = jax.jit(functools.partial(objectives.answer_logprobs, segments=4, chunk_tokens=CHUNK))(hidden, head, batch)
+    expected = np.stack([np.where(segments == number, of_token, 0).astype(np.float64).sum(1) for number in (1, 2)], 1)
+    assert counts.tolist() == [[600, 400, 0, 0]] * 2
+    assert (np.abs(found[:, :2] - expected) <= np.spacing(np.abs(expected).astype(np.float32))).all(), (found, expected)
+    assert not found[:, 2:].any()
 
 
 # ---- Batches
