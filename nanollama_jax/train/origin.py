@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -53,6 +54,8 @@ def check_start_of_tuning(workdir: pathlib.Path, step: int, config: ConfigDict, 
         if extended:
             raise BadInput(f"init_from={workdir}: its vocabulary is already extended for chat: SFT starts from a base model's checkpoint")
         base = Tokenizer(config.tokenizer.base)
+        if hashlib.sha256(base.extended()).hexdigest() != tokenizer_sha256:
+            raise BadInput(f"{config.tokenizer.path} is not {config.tokenizer.base} with the chat tokens: prepare the data with this config first")
         model = dataclasses.replace(model, vocab_size=base.vocab_size)
         tokenizer_sha256 = base.sha256
     elif metadata["model"]["vocab_size"] != model.vocab_size:
