@@ -56,7 +56,7 @@ class Lab:
     def start(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1) -> subprocess.Popen:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILE_FAST}",
-            "JAX_COMPILATION_CACHE_DIR": str(self.root / "jax_cache"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.root / f"jax_cache_{os.environ.get('PYTEST_XDIST_WORKER', '')}"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "main.py", *self.flags(recipe, workdir, *extra)]
