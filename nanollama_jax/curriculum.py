@@ -118,7 +118,7 @@ def summarise(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
     for source in sorted(set(first) & set(last) - {"all"}):
         fold = first[source] / last[source]
         shown = f"{first[source]:,.1f} at step 0, {last[source]:,.2f} after pre-training: {fold:.0f}-fold lower"
-        metrics.console.print(f"validation perplexity of {source}: {shown}")
+        metrics.console.print(f"validation perplexity of {source}: {shown}", soft_wrap=True)
     (workdir / "summary.json").write_text(json.dumps({"first_validation": first, "stages": summary}, indent=1) + "\n")
     metrics.plot_curves([workdir / name / "metrics.jsonl" for name in pretraining], workdir / "curves.png")
     metrics.console.print(f"Curves: {workdir / 'curves.png'}   Checkpoints: {workdir / names[-1] / checkpoint.FOLDER}", soft_wrap=True)
