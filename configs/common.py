@@ -65,7 +65,8 @@ def base(scale: str) -> ConfigDict:
     config.data.sources = ConfigDict()  # name -> share of the rows
     config.data.validation = ()  # corpora to measure perplexity on; empty: those in data.sources
 
-    config.preference = ConfigDict(dict(beta=0.1, label_smoothing=0.0, length_normalised=False))  # of dpo
+    # of dpo, which takes no z_loss
+    config.preference = ConfigDict(dict(beta=0.1, label_smoothing=0.0, length_normalised=False))
     config.samples = ConfigDict(dict(every=0, prompts=(), max_new_tokens=200))  # sft, dpo: greedy replies in the log
 
     config.log_every = 10

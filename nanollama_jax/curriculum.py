@@ -45,6 +45,7 @@ def check_vocabulary(stage: ConfigDict, config: ConfigDict) -> None:
 
 
 def every_source(config: ConfigDict) -> list[str]:
+    """What must be prepared before the stages run."""
     return list(dict.fromkeys([*config.corpora, *(name for stage in config.stages.values() for name in stage.data.sources)]))
 
 

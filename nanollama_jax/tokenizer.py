@@ -90,10 +90,15 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
     if failure is not None:
         raise failure
+    write_model(path, model.getvalue())
+
+
+def write_model(path: str | os.PathLike, model_bytes: bytes) -> None:
+    """Whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model.getvalue())
+    temporary.write_bytes(model_bytes)
     os.replace(temporary, path)
 
 

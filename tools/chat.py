@@ -22,6 +22,7 @@ from nanollama_jax.data import chat, tools
 from nanollama_jax.data.conversations import Message, Tools, parse_tools
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.infer.engine import Engine
+from nanollama_jax.infer.samples import parts
 from nanollama_jax.infer.sampling import Sampling
 
 MAX_CALLS = 4  # messages that call, one after another
@@ -41,12 +42,11 @@ def reply(
         (completion,) = engine.generate([prompt], sampling, max_new_tokens=max_new_tokens)
         message = chat.parse_reply(completion.tokens, engine.tokenizer)
         messages.append(message)
-        if message.thought:
-            show("thinks", message.thought)
-        if message.content or not message.tool_calls:
-            show("says", message.content + ("" if completion.finish_reason == "stop" else " [cut off]"))
+        for what, text in parts(message):
+            show(what, text)
+        if completion.finish_reason != "stop":
+            console.print("        (cut off)")
         for call in message.tool_calls:
-            show("calls", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})")
             try:
                 if call.name not in {tool["name"] for tool in offered}:
                     raise BadInput(f"there is no tool {call.name!r}")
@@ -57,7 +57,7 @@ def reply(
             messages.append(Message("tool", result))
         if not message.tool_calls:
             return messages
-    show("says", f"[no answer after {MAX_CALLS} messages that call]")
+    console.print(f"        (no answer after {MAX_CALLS} messages that call)")
     return messages
 
 

@@ -25,7 +25,7 @@ from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
 from nanollama_jax.infer.engine import Engine
-from nanollama_jax.infer.samples import show
+from nanollama_jax.infer.samples import parts
 
 TASKS = ("perplexity", "reasoning", "tools")
 
@@ -67,7 +67,8 @@ def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
         for verdict in {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions):
             verdicts.append(verdict)
             if len(verdicts) <= arguments.show:
-                print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}", *show(verdict.reply), sep="\n    ")
+                said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
+                print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
         results[task] = verifiable.shares(verdicts)
         print(f"{task}: test split, greedy" + (", the first call, under the tools' grammar" if task == "tools" else ""))
         for kind, found in results[task].items():

@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, verify_shards, write_json
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, totals, verify_shards, write_json
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import Tokenizer, write_model
 
 KINDS = {"conversations": parse_conversation, "preferences": parse_preference}
 SAID = np.uint32(1 << 31)
@@ -67,7 +67,7 @@ def prepare(
         hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
         split = "validation" if hashed < validation_fraction * 2**64 else "train"
         writers[split].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
-    splits = {split: _totals(writer.close()) for split, writer in writers.items()}
+    splits = {split: totals(writer.close()) for split, writer in writers.items()}
     if not splits["train"]["documents"]:
         raise BadInput(f"{name}: no row of {url} is left to train on ({', '.join(f'{len(v)} {k}' for k, v in left_out.items())}): check it")
     counts = {reason: len(lines) for reason, lines in left_out.items()}
@@ -99,18 +99,12 @@ def _encoded(messages: Sequence[Any], row: Conversation | Preference, tokenizer:
     return encoded.ids.astype(np.uint32) | np.where(encoded.learnt, SAID, np.uint32(0))
 
 
-def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
-
-
 def extend_tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer at `config.tokenizer.path`, made of `config.tokenizer.base` where there is none. Raises BadInput if it is not that one's."""
     base, path = Tokenizer(config.tokenizer.base), Path(config.tokenizer.path)
     extended = base.extended()
     if not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(extended)
-        os.replace(temporary, path)
+        write_model(path, extended)
     tokenizer = Tokenizer(path)
     if tokenizer.model_bytes != extended:
         raise BadInput(f"tokenizer {path} is not that of {config.tokenizer.base} with the chat tokens: remove it, or set tokenizer.path")

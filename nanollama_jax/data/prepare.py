@@ -24,7 +24,7 @@ from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, verify_shards, write_json
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, totals, verify_shards, write_json
 from nanollama_jax.data.sources import batched, matched_files, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer, train
@@ -172,7 +172,7 @@ def prepare_source(
             return None
 
         ranks = [json.loads((logs / "shards" / f"{rank:05d}.json").read_text()) for rank in range(tasks)]
-        splits = {split: _totals([shard for rank in ranks for shard in rank[split]]) for split in SPLITS}
+        splits = {split: totals([shard for rank in ranks for shard in rank[split]]) for split in SPLITS}
         decontamination = _decontamination(out_dir, ranks, items, contaminated)
         if not any(split["documents"] for split in splits.values()):
             raise BadInput(f"source {name} has no documents: {url} holds no text" + (" that is kept" if keep or benchmarks else ""))
@@ -235,10 +235,6 @@ def _check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) 
             )
         if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
             raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
-
-
-def _totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
 
 
 def _dtype(vocab_size: int) -> str:

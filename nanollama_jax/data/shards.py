@@ -59,6 +59,11 @@ class ShardWriter:
         self._shards.append(self._shard)
 
 
+def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest says of a split: its shards, and their counts together."""
+    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Written whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -1,30 +1,29 @@
 """What a fine-tuned model says, shown to people: thoughts, words and calls apart."""
 
+import json
 from collections.abc import Iterator, Sequence
 
 from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Message
 from nanollama_jax.infer.engine import Engine
 
-NAMES = {"user": "asked", "assistant": "says", "tool": "tool"}
-
 
 def lines(engine: Engine, prompts: Sequence[str], max_new_tokens: int) -> Iterator[str]:
-    """The greedy reply to each prompt, asked by a user in a conversation of its own."""
-    asked = [Message("user", prompt) for prompt in prompts]
-    encoded = [chat.encode_prompt([message], engine.tokenizer) for message in asked]
-    for message, completion in zip(asked, engine.generate(encoded, max_new_tokens=max_new_tokens), strict=True):
-        yield from show(message)
-        yield from show(chat.parse_reply(completion.tokens, engine.tokenizer), ended=completion.finish_reason == "stop")
+    """The greedy reply to each prompt, asked by a user in a conversation of its own, escaped, for a log."""
+    encoded = [chat.encode_prompt([Message("user", prompt)], engine.tokenizer) for prompt in prompts]
+    for prompt, completion in zip(prompts, engine.generate(encoded, max_new_tokens=max_new_tokens), strict=True):
+        yield f"asked: {prompt!r}"
+        for what, text in parts(chat.parse_reply(completion.tokens, engine.tokenizer)):
+            yield f"{what}: {text!r}"
+        if completion.finish_reason != "stop":
+            yield "(cut off)"
 
 
-def show(message: Message, ended: bool = True) -> Iterator[str]:
-    """A line for each part of a message."""
+def parts(message: Message) -> Iterator[tuple[str, str]]:
+    """What an assistant's message is made of: ("thinks", text), ("says", text), and ("calls", NAME(JSON)) for each call."""
     if message.thought:
-        yield f"thinks: {message.thought!r}"
-    if message.content or not (message.thought or message.tool_calls):
-        yield f"{NAMES.get(message.role, message.role)}: {message.content!r}"
+        yield "thinks", message.thought
+    if message.content or not message.tool_calls:
+        yield "says", message.content
     for call in message.tool_calls:
-        yield f"calls: {call.name!r} ({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
-    if not ended:
-        yield "(cut off)"
+        yield "calls", f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})"

@@ -99,10 +99,10 @@ class Reporter:
             self._write({"step": step, "validation": found})
             text = "  ".join(f"{name}: loss {v['loss']:.4f}  accuracy {v['accuracy']:.3f}  margin {v['margin']:.3f}" for name, v in found.items())
         else:
-            self._write({"step": step, "validation_perplexity": {name: math.exp(min(v["loss"], 50)) for name, v in found.items()}})
-            text = "perplexity: " + "  ".join(f"{name} {math.exp(min(v['loss'], 50)):,.2f}" for name, v in found.items())
-            if self._config.task == "sft":
-                text = "loss: " + "  ".join(f"{name} {v['loss']:.4f}" for name, v in found.items())
+            perplexity = {name: math.exp(min(v["loss"], 50)) for name, v in found.items()}
+            self._write({"step": step, "validation_perplexity": perplexity})
+            loss = "loss: " + "  ".join(f"{name} {v['loss']:.4f}" for name, v in found.items())
+            text = loss if self._config.task == "sft" else "perplexity: " + "  ".join(f"{name} {v:,.2f}" for name, v in perplexity.items())
         log.info("%s step %d  validation %s", self._config.name, step, text)
         plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
 
