@@ -82,7 +82,8 @@ def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 
     import grain
     import numpy as np
 
-    from nanollama_jax.data.shards import ShardWriter, write_json
+    from nanollama_jax.data.shards import ShardWriter
+    from nanollama_jax.files import write_json
 
     tokenizer = random_model("nano").tokenizer
     with tempfile.TemporaryDirectory() as directory:

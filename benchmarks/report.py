@@ -1,13 +1,13 @@
 """What a benchmark prints and writes: the machine first, each row as it is measured, the whole table last, and the same as JSON."""
 
 import importlib.metadata
-import json
 import os
-import pathlib
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from nanollama_jax.files import write_json
 
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key of a row -> heading, format
@@ -78,12 +78,3 @@ def _line(row: Row, columns: Columns, width: int | str) -> str:
 
 def _width(heading: str, form: str) -> int:
     return max(len(heading), 8 if form else 10)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import whole_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # What fine-tuning adds to a vocabulary, in this order, and unused pieces up to a multiple of 8 (32,000 -> 32,008).
@@ -90,16 +91,8 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
     if failure is not None:
         raise failure
-    write_model(path, model.getvalue())
-
-
-def write_model(path: str | os.PathLike, model_bytes: bytes) -> None:
-    """Whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model_bytes)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(model.getvalue())
 
 
 def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:

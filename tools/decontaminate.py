@@ -21,6 +21,7 @@ from rich.table import Table
 from configs.corpora import BENCHMARKS
 from nanollama_jax.data import decontaminate, shards, sources
 from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 
@@ -49,7 +50,7 @@ def main() -> None:
             raise BadInput(f"{arguments.text} is no source URL, as in file://texts/*.txt: of a prepared corpus, name the --tokenizer too")
         index = decontaminate.Index(decontaminate.read_benchmarks(dict(named) or BENCHMARKS))
         report = decontaminate.search(documents, index, show)
-        shards.write_json(out, report)
+        write_json(out, report)
     table = Table("benchmark", "items", "found", "in documents", title=arguments.out)
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")

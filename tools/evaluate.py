@@ -11,19 +11,21 @@ Perplexity is that of running text (URLs as in nanollama_jax/data/sources.py), b
 
 import argparse
 import dataclasses
-import json
-import os
 import pathlib
 import sys
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import rich.console
+import rich.progress
+
 from nanollama_jax import checkpoint
 from nanollama_jax.data import sources
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
+from nanollama_jax.files import write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 
@@ -52,7 +54,7 @@ def main() -> None:
         if {"reasoning", "tools"} & set(tasks):
             results |= ask(arguments, [task for task in tasks if task != "perplexity"])
         if arguments.out:
-            write_json(pathlib.Path(arguments.out), results)
+            write_json(arguments.out, results)
 
 
 def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
@@ -63,12 +65,12 @@ def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
     print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}")
     results: dict[str, Any] = dict(checkpoint=str(loaded.path), provenance=provenance(loaded.metadata), questions=arguments.questions)
     for task in tasks:
-        verdicts = []
-        for verdict in {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions):
-            verdicts.append(verdict)
-            if len(verdicts) <= arguments.show:
-                said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
-                print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
+        asked = {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions)
+        console = rich.console.Console(stderr=True)
+        verdicts = list(rich.progress.track(asked, task, arguments.questions, console=console, disable=not console.is_terminal))
+        for verdict in verdicts[: arguments.show]:
+            said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
+            print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
         results[task] = verifiable.shares(verdicts)
         print(f"{task}: test split, greedy" + (", the first call, under the tools' grammar" if task == "tools" else ""))
         for kind, found in results[task].items():
@@ -111,13 +113,6 @@ def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = dict(rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens)
     about = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
     return about | {"perplexity": settings | {"texts": texts}}
-
-
-def write_json(path: pathlib.Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

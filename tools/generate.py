@@ -21,6 +21,7 @@ import rich.console
 import rich.progress
 
 from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.files import whole_file
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import json_schema
 from nanollama_jax.infer.sampling import Sampling
@@ -63,9 +64,8 @@ def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: d
     if out is None:
         print(lines, end="")
     else:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(lines, encoding="utf-8")
-        temporary.replace(out)
+        with whole_file(out) as file:
+            file.write(lines.encode())
     tokens = sum(len(c.tokens) for c in completions)
     print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]", file=sys.stderr)
 

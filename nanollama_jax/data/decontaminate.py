@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from nanollama_jax.data.shards import write_json
 from nanollama_jax.data.sources import batched, read_records
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import write_json
 
 GRAM_WORDS = 13
 MIN_WORDS = 8  # of a question that is looked for as a whole

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, totals, verify_shards, write_json
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, totals, verify_shards
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import Tokenizer, write_model
+from nanollama_jax.files import whole_file, write_json
+from nanollama_jax.tokenizer import Tokenizer
 
 KINDS = {"conversations": parse_conversation, "preferences": parse_preference}
 SAID = np.uint32(1 << 31)
@@ -104,7 +105,8 @@ def extend_tokenizer(config: ConfigDict) -> Tokenizer:
     base, path = Tokenizer(config.tokenizer.base), Path(config.tokenizer.path)
     extended = base.extended()
     if not path.exists():
-        write_model(path, extended)
+        with whole_file(path) as file:
+            file.write(extended)
     tokenizer = Tokenizer(path)
     if tokenizer.model_bytes != extended:
         raise BadInput(f"tokenizer {path} is not that of {config.tokenizer.base} with the chat tokens: remove it, or set tokenizer.path")

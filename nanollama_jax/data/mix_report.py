@@ -1,6 +1,5 @@
 """Shows a mix (data/mix.py): tables and sample rows on a terminal, and a picture."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from nanollama_jax.data.mix import MAX_EPOCHS, Mix, Rows, context_bins, repetition_warnings, tokens_on_disk
 from nanollama_jax.data.pipeline import Batch
+from nanollama_jax.files import whole_file
 from nanollama_jax.tokenizer import Tokenizer
 
 SAMPLE_PIECES, SAMPLE_CHARACTERS = 6, 120  # of a row shown as text; of a piece
@@ -117,9 +117,8 @@ def _shortened(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 def plot(mix: Mix, rows: Mapping[str, Rows], path: Path) -> None:
     """Writes `draw`'s figure as a PNG."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draw(mix, rows).savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        draw(mix, rows).savefig(file, dpi=110, format="png")
 
 
 def draw(mix: Mix, rows: Mapping[str, Rows]) -> Any:

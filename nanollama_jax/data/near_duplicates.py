@@ -22,9 +22,9 @@ from rensa import RMinHash
 
 from nanollama_jax.data.decontaminate import normalise
 from nanollama_jax.data.executor import Executor, cores, report_progress, run_ranks
-from nanollama_jax.data.shards import write_json
 from nanollama_jax.data.sources import read_documents
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import write_json
 
 FORMAT = "nanollama_jax near-duplicates, version 1"
 SHINGLE_WORDS = 5

@@ -24,9 +24,10 @@ from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, totals, verify_shards, write_json
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, totals, verify_shards
 from nanollama_jax.data.sources import batched, matched_files, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import Tokenizer, train
 
 CONTAMINATED = "contaminated_ids.json"

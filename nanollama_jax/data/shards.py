@@ -64,16 +64,6 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Written whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """The manifest of a prepared corpus. Raises `BadInput` if there is none."""
     path = Path(directory) / MANIFEST

@@ -1,6 +1,8 @@
 """Where raw data comes from: any source URL, read as records or as datatrove documents, divided among ranks.
 
     builtin://docs                       also builtin://code and builtin://reasoning: see data/builtin.py
+    builtin://math?rows=100              conversations and pairs, made to order: also builtin://tools and builtin://right_or_wrong; of math and
+                                         right_or_wrong &tasks=gcd,chain_sum has some tasks alone; &split=test has what is held out
     file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one record), .jsonl and
                                          .jsonl.gz, .xz, .zst (a line is one record), .parquet (a row is one record)
     hf://OWNER/NAME?name=SUBSET          streamed from the Hugging Face hub; hf:///PATH is a local folder laid out as on the hub;
@@ -144,16 +146,26 @@ def _deal(count: int, rank: int, world_size: int) -> list[tuple[int, int, int]]:
     return [(number, rank // count, -(-(world_size - number) // count))]  # as many steps as there are ranks on this file
 
 
-def _read_builtin(
-    name: str, rank: int, world_size: int, columns: list[str] | None, rows: str = "1000", split: str = "train"
-) -> Iterator[tuple[str, dict]]:
-    if name not in _GENERATED:
-        for document_id, text in builtin.read(name, rank, world_size):
-            yield f"builtin://{document_id}", {"text": text}
+def _read_builtin(name: str, rank: int, world_size: int, columns: list[str] | None, **options: str) -> Iterator[tuple[str, dict]]:
+    if name in _GENERATED:
+        yield from _generated(name, rank, world_size, **options)
         return
+    if options:
+        raise BadInput(f"builtin://{name} is all there is of it: {min(options)} is an option of {', '.join(_GENERATED)}")
+    for document_id, text in builtin.read(name, rank, world_size):
+        yield f"builtin://{document_id}", {"text": text}
+
+
+def _generated(
+    name: str, rank: int, world_size: int, rows: str = "1000", split: str = "train", tasks: str = ",".join(reasoning.TASKS)
+) -> Iterator[tuple[str, dict]]:
     if not rows.isdecimal() or split not in ("train", "test"):
         raise BadInput(f"builtin://{name}?rows={rows}&split={split}: rows is a number, and split is train or test")
-    for index in range(rank, int(rows), world_size):
+    among = [position for position, task in enumerate(reasoning.TASKS) if task in tasks.split(",")]
+    if not set(tasks.split(",")) <= set(reasoning.TASKS) or (name == "tools" and len(among) < len(reasoning.TASKS)):
+        raise BadInput(f"builtin://{name}?tasks={tasks}: tasks is for math and right_or_wrong, some of {', '.join(sorted(set(reasoning.TASKS)))}")
+    for row in range(rank, int(rows), world_size):
+        index = row // len(among) * len(reasoning.TASKS) + among[row % len(among)]
         yield f"builtin://{name}/{split}:{index + 1}", _GENERATED[name](split, index)
 
 
@@ -332,7 +344,7 @@ _READERS = {
     ".parquet": _read_parquet,
 }
 _SCHEMES = {
-    "builtin": (_read_builtin, ("rows", "split")),
+    "builtin": (_read_builtin, ("rows", "split", "tasks")),
     "file": (_read_files, ("text", "tree", "lang")),
     "hf": (_read_hub, ("text", "name", "split", "data_dir", "file", "tree", "lang")),
     "tfds": (_read_tfds, ("text", "split", "data_dir")),

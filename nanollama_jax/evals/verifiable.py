@@ -1,5 +1,5 @@
 """What a fine-tuned model gets right of questions whose answers can be checked: reasoning-gym's, and tool calls, of the splits that it was not
-trained on (data/reasoning.py, data/tool_conversations.py). Greedy.
+trained on (data/reasoning.py, data/tool_conversations.py). Greedy. Verdicts come batch by batch, the shortest prompts first.
 """
 
 import collections
@@ -28,7 +28,7 @@ def reasoning_questions(engine: Engine, count: int) -> Iterator[Verdict]:
     """The first `count` questions of the test split; right as the task's own scoring says."""
     rows = [reasoning.conversations("test", index) for index in range(count)]
     prompts = [chat.encode_prompt((Message("user", row["question"]),), engine.tokenizer) for row in rows]
-    for index, completion in enumerate(engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS)):
+    for index, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS):
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         right = completion.finish_reason == "stop" and reasoning.check("test", index, reply.content)
         yield Verdict(reasoning.TASKS[index % len(reasoning.TASKS)], right, True, rows[index]["question"], reply)
@@ -49,9 +49,8 @@ def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
         found.append((row, expected, conversation.messages[:calling]))
         prompts.append(chat.encode_prompt(conversation.messages[:calling], engine.tokenizer, conversation.tools))
         grammars.append(tool_call(conversation.tools))
-    for (row, expected, messages), completion in zip(
-        found, engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars), strict=True
-    ):  # fmt: skip
+    for at, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars):
+        row, expected, messages = found[at]
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         valid = len(reply.tool_calls) == 1 and _fits(reply.tool_calls[0], row["tools"])
         right = valid and (reply.tool_calls[0].name, reply.tool_calls[0].arguments) == expected[0]

@@ -17,6 +17,7 @@ import numpy as np
 
 from nanollama_jax import sharding
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import whole_file
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import Block, unstack_layers
 from nanollama_jax.model.rope import rope_table
@@ -142,11 +143,9 @@ def plot(maps: AttentionMaps, layers: Sequence[int], title: str, path: str | os.
         axis.grid(alpha=0.3)
         axis.legend()
         figure.suptitle(title, parse_math=False)  # it holds file names
-        path = pathlib.Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, dpi=110, format="png")
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _draw_maps(figure: Any, maps: AttentionMaps, layers: Sequence[int]) -> None:

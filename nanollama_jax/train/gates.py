@@ -4,9 +4,10 @@ What was decided is kept in `WORKDIR/gates.json`, so that a stopped run that is 
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
+
+from nanollama_jax.files import write_json
 
 
 def verdict(perplexity: float, go: float, stop: float) -> str:
@@ -33,6 +34,4 @@ def read(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def record(workdir: pathlib.Path, step: int, decided: str) -> None:
-    temporary = workdir / "gates.json.tmp"
-    temporary.write_text(json.dumps(read(workdir) | {str(step): decided}, indent=1) + "\n")
-    os.replace(temporary, workdir / "gates.json")
+    write_json(workdir / "gates.json", read(workdir) | {str(step): decided})

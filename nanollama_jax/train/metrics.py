@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import pathlib
 import secrets
 import time
@@ -16,6 +15,7 @@ import rich.progress
 from ml_collections import ConfigDict
 
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import whole_file
 
 log = logging.getLogger("nanollama")
 console = rich.console.Console(highlight=False)
@@ -156,9 +156,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def open_trimmed(path: pathlib.Path, step: int):
     """`path` opened for appending, without the rows after `step`: a resumed run writes those again."""
     rows = [row for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     return path.open("a")
 
 
@@ -212,7 +211,6 @@ def plot_curves(metrics_files: Iterable[pathlib.Path], path: pathlib.Path) -> No
     for axis in (loss_axis, ppl_axis):
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    os.replace(temporary, path)

@@ -5,7 +5,6 @@
 import functools
 import hashlib
 import itertools
-import os
 import pathlib
 import time
 import zipfile
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from nanollama_jax import sharding
 from nanollama_jax.data.pipeline import Batch
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import whole_file
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.train.feed import Feed
 from nanollama_jax.train.metrics import log
@@ -76,9 +76,8 @@ def open_reference(
                 log.info("%s: reference: %d of %d rows", config.name, done, total)
                 said = time.monotonic()
     if jax.process_index() == 0:
-        temporary = path.with_name(f".{FILE}.tmp.npz")
-        np.savez(temporary, logprobs=logprobs, weights=expected, data=of_data)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            np.savez(file, logprobs=logprobs, weights=expected, data=of_data)
     return Reference(logprobs, expected)
 
 

@@ -14,6 +14,8 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from nanollama_jax.data import builtin, reasoning
 from nanollama_jax.data.conversations import parse_conversation
 from nanollama_jax.data.preference import parse_preference
+from nanollama_jax.data.sources import read_records
+from nanollama_jax.errors import BadInput
 
 ROWS = 1200  # 200 of each of the tasks
 # Of the first 300 rows of each kind and split, on any Python: print(digest()) after a change that was meant to change them.
@@ -124,6 +126,15 @@ def test_no_question_of_test_is_in_train_or_in_the_built_in_corpus(splits, pairs
     corpus = {text.partition("\n")[0].removeprefix("Question: ") for text in read}
     assert len(corpus) > 1000 and len(test) > ROWS
     assert not test & train and not test & corpus
+
+
+def test_some_tasks_alone():
+    rows = list(read_records("builtin://math?rows=7&tasks=gcd,chain_sum", 0, 1))
+    assert [record for _, record in rows] == [reasoning.conversations("train", index) for index in (0, 2, 5, 6, 8, 11, 12)]
+    assert [reasoning.TASKS[index % 6] for index in (0, 2, 5)] == ["chain_sum", "chain_sum", "gcd"]
+    for url, said in (("math?tasks=gdc", "some of chain_sum, gcd"), ("tools?tasks=gcd", "is for math"), ("docs?tasks=gcd", "tasks is an option of")):
+        with pytest.raises(BadInput, match=said):
+            list(read_records(f"builtin://{url}", 0, 1))
 
 
 def test_rows_are_short(splits):

@@ -64,6 +64,20 @@ def test_evaluate_and_visualize(run, trained, tmp_path):
     assert status == 0 and (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG") and "cut to the first 128" in out
 
 
+def test_a_tuned_model_talks_and_is_questioned(run, undisturbed, tmp_path, monkeypatch):
+    status, out, _ = run("chat", "--checkpoint", undisturbed, "--ask", "abc", "--ask", "a [b]", "--max_new_tokens", 5)
+    assert status == 0 and out.startswith("   you: abc\n") and "\n   you: a [b]\n" in out and out.count("  says: ") == 2
+    said = iter(["abc", "x" * 300, "/new", "abc", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    status, again, err = run("chat", "--checkpoint", undisturbed, "--max_new_tokens", 5)
+    first = out.split("\n   you: ")[0].removeprefix("   you: abc\n")
+    assert status == 0 and again.rstrip() == f"{first}\n{first}" and "/new begins a new conversation" in err and "context is 256" in err
+    flags = ["--checkpoint", undisturbed, "--tasks", "reasoning", "--questions", 1, "--show", 1]
+    status, out, _ = run("evaluate", *flags, "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert status == 0 and "[chain_sum, wrong] 'State the final answer" in out and scores["reasoning"]["all"] == dict(count=1, right=0.0, valid=1.0)
+
+
 @pytest.mark.parametrize(
     ("tool", "flags", "message"),
     [
@@ -81,17 +95,24 @@ def test_evaluate_and_visualize(run, trained, tmp_path):
         ("compare_exports", ["--checkpoint", "CHECKPOINT", "--gguf", "nowhere.gguf"], "nowhere.gguf is no GGUF file"),
         ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "mmlu"], "'mmlu' is unknown"),
         ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "perplexity", "--text", "file://README.txt"], "README.txt"),
+        ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "reasoning"], "has no chat tokens"),
+        ("evaluate", ["--checkpoint", "TUNED", "--tasks", "tools", "--questions", "1"], "the model's context is 256"),
+        ("evaluate", ["--checkpoint", "TUNED", "--tasks", "tools", "--questions", "0"], "ask at least one"),
+        ("chat", ["--checkpoint", "CHECKPOINT", "--ask", "Hello"], "has no chat tokens"),
+        ("chat", ["--checkpoint", "TUNED", "--ask", "Hello", "--ask", " "], "--ask is empty"),
+        ("chat", ["--checkpoint", "TUNED", "--ask", "Hello", "--tools", "fly"], "there is no tool 'fly'"),
+        ("chat", ["--checkpoint", "TUNED", "--ask", "x " * 200], "the model's context is 256"),
         ("visualize_attention", ["--checkpoint", "CHECKPOINT", "--text_file", "nothing.txt", "--out", "OUT"], "nothing.txt cannot be read"),
     ],
 )
-def test_bad_input_is_one_line(run, trained, tmp_path, tool, flags, message):
-    named = {"CHECKPOINT": trained, "OUT": tmp_path / "out"}
+def test_bad_input_is_one_line(request, run, trained, tmp_path, tool, flags, message):
+    named = {"CHECKPOINT": trained, "TUNED": request.getfixturevalue("undisturbed") if "TUNED" in flags else None, "OUT": tmp_path / "out"}
     status, _, err = run(tool, *(named.get(flag, flag) for flag in flags))
     assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tool", ["generate", "export_hf", "export_gguf", "import_hf", "evaluate", "visualize_attention", "compare_exports"])
+@pytest.mark.parametrize("tool", ["generate", "export_hf", "export_gguf", "import_hf", "evaluate", "visualize_attention", "compare_exports", "chat"])
 def test_help_has_examples(run, tool):
     status, out, _ = run(tool, "--help")
     assert status == 0 and f"\npython tools/{tool}.py --" in out

@@ -1,0 +1,68 @@
+"""Scripted replies are judged as they should be: the right ones right, and every way of being wrong wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from nanollama_jax.data import reasoning, tool_conversations
+from nanollama_jax.data.conversations import Message, ToolCall
+from nanollama_jax.evals import verifiable
+from tests.infer.scripted import CUT, Scripted, chat_tokenizer  # noqa: F401  a fixture
+
+COUNT = 24
+
+
+def test_reasoning(chat_tokenizer):  # noqa: F811
+    answers = [reasoning.conversations("test", index)["answer"] for index in range(COUNT)]
+    ways = {
+        "right": lambda answer: Message("assistant", answer, "Well."),
+        "only thought": lambda answer: Message("assistant", "", answer),
+        "in words": lambda answer: Message("assistant", f"It is {answer}."),
+        "cut off": lambda answer: answer + CUT,
+    }
+    engine = Scripted(chat_tokenizer, [list(ways.values())[index // 6](answer) for index, answer in enumerate(answers)])
+    verdicts = list(verifiable.reasoning_questions(engine, COUNT))
+    assert [verdict.right for verdict in verdicts] == [True] * 6 + [False] * 18
+    assert [verdict.kind for verdict in verdicts[:6]] == list(reasoning.TASKS)
+    assert all(verdict.question in prompt and prompt.endswith("assistant\n") for verdict, prompt in zip(verdicts, engine.prompts, strict=True))
+    found = verifiable.shares(verdicts)
+    assert found["all"] == {"count": COUNT, "right": 0.25, "valid": 1.0}
+    assert found["chain_sum"]["count"] == 8 and found["gcd"] == {"count": 4, "right": 0.25, "valid": 1.0}
+
+
+@pytest.fixture(scope="module")
+def due() -> list[dict]:
+    """The rows of the test split in which a call is due."""
+    rows = (tool_conversations.conversations("test", index) for index in range(10 * COUNT))
+    return [row for row in rows if row["kind"] != "none"][:COUNT]
+
+
+def test_tool_calls(chat_tokenizer, due):  # noqa: F811
+    def replies(row):
+        name, arguments = tool_conversations.expected_calls(row)[0]
+        right = ToolCall(name, arguments)
+        yield (True, True), Message("assistant", "", tool_calls=(right,))
+        yield (False, True), Message("assistant", "", tool_calls=(dataclasses.replace(right, arguments=changed(arguments)),))
+        yield (False, False), Message("assistant", "", tool_calls=(dataclasses.replace(right, arguments={}),))
+        yield (False, True), Message("assistant", "", tool_calls=(dataclasses.replace(right, arguments=arguments | {"more": 1}),))
+        yield (False, False), Message("assistant", "", tool_calls=(ToolCall("fly", arguments),))
+        yield (False, False), Message("assistant", "", tool_calls=(right, right))
+        yield (False, False), json.dumps({"name": name, "arguments": arguments})
+
+    def changed(arguments):
+        key, value = next((key, value) for key, value in arguments.items() if key not in ("operation", "from_unit", "to_unit", "day"))
+        return arguments | {key: "Atlantis" if isinstance(value, str) else value + 1}
+
+    made = [list(replies(row)) for row in due]
+    for way in range(7):
+        expected = [row[way][0] for row in made]
+        engine = Scripted(chat_tokenizer, [row[way][1] for row in made])
+        verdicts = list(verifiable.tool_calls(engine, COUNT))
+        assert [(verdict.right, verdict.valid) for verdict in verdicts] == expected
+        assert [verdict.kind for verdict in verdicts] == [row["kind"] for row in due]
+    assert {verdict.kind for verdict in verdicts} == {"call", "parallel", "chain", "missing"} and len(engine.grammars) == COUNT
+    for row, prompt in zip(due, engine.prompts, strict=True):
+        asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        assert all(text in prompt for text in asked) and prompt.endswith("assistant\n")
+        assert json.dumps(tool_conversations.expected_calls(row)[0][1]) not in prompt

@@ -1,0 +1,41 @@
+"""An engine that says what a test tells it to."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from nanollama_jax import checkpoint
+from nanollama_jax.data import chat
+from nanollama_jax.data.conversations import Message
+from nanollama_jax.infer.engine import Completion
+from nanollama_jax.tokenizer import TURN_END, Tokenizer
+
+CUT = "(cut off)"  # after a text: its end is left out
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(trained) -> Tokenizer:
+    return Tokenizer("chat", checkpoint.load(trained).tokenizer.extended())
+
+
+class Scripted:
+    """Answers prompts with `replies`, in order: messages, or texts."""
+
+    def __init__(self, tokenizer: Tokenizer, replies: Sequence[Message | str]):
+        self.tokenizer, self.replies, self.prompts, self.grammars = tokenizer, list(replies), [], None
+
+    def generate(self, prompts, *_, **__) -> list[Completion]:
+        self.prompts += [self.tokenizer.decode(prompt) for prompt in prompts]
+        return [self._completion(self.replies.pop(0)) for _ in prompts]
+
+    def completions(self, prompts, *_, grammar=None, **__) -> Iterator[tuple[int, Completion]]:
+        self.grammars = grammar
+        yield from enumerate(self.generate(prompts))
+
+    def _completion(self, reply: Message | str) -> Completion:
+        if isinstance(reply, str):
+            ids = self.tokenizer.encode(reply.removesuffix(CUT))
+            cut = reply.endswith(CUT)
+            return Completion("", ids if cut else [*ids, self.tokenizer.control_id(TURN_END)], "length" if cut else "stop")
+        encoded = chat.encode([Message("user", "x"), reply], self.tokenizer)
+        return Completion("", encoded.ids[encoded.learnt].tolist(), "stop")

@@ -1,0 +1,42 @@
+"""What a model says, in the log and in tools/chat.py."""
+
+import io
+import runpy
+
+import rich.console
+
+from nanollama_jax.data import tools
+from nanollama_jax.data.conversations import Message, ToolCall, parse_tools
+from nanollama_jax.infer.samples import lines
+from nanollama_jax.infer.sampling import Sampling
+from tests.conftest import ROOT
+from tests.infer.scripted import CUT, Scripted, chat_tokenizer  # noqa: F401  a fixture
+
+
+def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):  # noqa: F811
+    called = Message("assistant", "I look.", "Of what?\nA lamp.", (ToolCall("get_price", {"item": "lamp", "city": "Oslo"}),))
+    engine = Scripted(chat_tokenizer, [called, f"and so on{CUT}", ""])
+    assert list(lines(engine, ["A\nlamp?", "Go on.", "Nothing?"], 50)) == [
+        "asked: 'A\\nlamp?'", "thinks: 'Of what?\\nA lamp.'", "says: 'I look.'", 'calls: \'get_price({"item": "lamp", "city": "Oslo"})\'',
+        "asked: 'Go on.'", "says: 'and so on'", "(cut off)",
+        "asked: 'Nothing?'", "says: ''",
+    ]  # fmt: skip
+
+
+def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):  # noqa: F811
+    reply = runpy.run_path(str(ROOT / "tools" / "chat.py"))["reply"]
+    wrong = ToolCall("get_price", {"item": "lamp", "city": "Atlantis"})
+    calls = (wrong, ToolCall("fly", {}), ToolCall("get_price", {"item": "lamp", "city": "Oslo"}))
+    engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=calls), Message("assistant", "It is cheap.", "I see.")])
+    shown = io.StringIO()
+    offered = parse_tools([tools.schema("get_price")])
+    messages = reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, rich.console.Console(file=shown, width=200))
+    price = tools.execute("get_price", {"item": "lamp", "city": "Oslo"})["price"]
+    results = [message.content for message in messages if message.role == "tool"]
+    assert "Atlantis is unknown" in results[0] and "there is no tool 'fly'" in results[1] and results[2] == f'{{"price": {price}}}'
+    assert all(result in engine.prompts[1] for result in results[2:]) and engine.prompts[0] in engine.prompts[1]
+    assert shown.getvalue().rstrip().endswith("thinks: I see.\n  says: It is cheap.")
+    # One that only ever calls is stopped.
+    engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=(wrong,))] * 9)
+    reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, rich.console.Console(file=shown, width=200))
+    assert len(engine.replies) == 5 and "no answer after 4 messages that call" in shown.getvalue()
