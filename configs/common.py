@@ -19,7 +19,7 @@ MODELS = {
 PHASE_ENDS = {"nano": (400, 422, 450, 500), "60m": (18_400, 19_400, 20_700, 23_000), "300m": (92_000, 97_000, 103_500, 115_000)}
 PHASE_ENDS["1b"] = (184_000, 194_000, 207_000, 230_000)
 TOKENS_PER_STEP = {"nano": 2048, "60m": 131_072, "300m": 131_072, "1b": 131_072}
-NANO_CORPORA = ("docs", "code", "reasoning")
+NANO_CORPORA = ("docs", "code", "reasoning", "transcripts")
 
 
 def base(scale: str) -> ConfigDict:

@@ -11,7 +11,7 @@ from configs import common
 
 def stage(scale: str):
     if scale == "nano":
-        shares = {"docs": 0.4, "code": 0.2, "reasoning": 0.4}
+        shares = {"docs": 0.3, "code": 0.2, "reasoning": 0.3, "transcripts": 0.2}
     else:
         shares = {"open_web_math": 0.5, "stackexchange": 0.3, "wikipedia": 0.2}
     return common.phase(scale, 3, name="phase3", seq_len=256 if scale == "nano" else 4096, theta=(500_000.0, 500_000.0), shares=shares)

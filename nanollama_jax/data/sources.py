@@ -333,7 +333,8 @@ def _first_line(error: Exception) -> str:
 
 
 # Rows to fine-tune on
-_GENERATED = {"tools": tool_conversations.conversations, "math": reasoning.conversations, "right_or_wrong": reasoning.preferences}
+_GENERATED = {"tools": tool_conversations.conversations, "math": reasoning.conversations, "right_or_wrong": reasoning.preferences,
+              "transcripts": tool_conversations.transcript}  # fmt: skip
 _READERS = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,

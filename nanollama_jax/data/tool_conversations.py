@@ -105,6 +105,17 @@ def conversations(split: str, index: int) -> dict[str, Any]:
     return {"messages": messages, "tools": [schema(name) for name in names], "kind": kind}
 
 
+def transcript(split: str, index: int) -> dict[str, str]:
+    """{"text"} of another conversation, for pre-training: plain words and JSON, none of the chat's tokens. So a tokenizer gets to know them."""
+    row = conversations(split, index + 10**9)
+    lines = [json.dumps(tool) for tool in row["tools"]]
+    for message in row["messages"]:
+        calls = [json.dumps(call) for call in message.get("tool_calls", ())]
+        said = (message["role"].capitalize() + ":", message.get("thought"), message.get("content"), *calls)
+        lines.append(" ".join(filter(None, said)))
+    return {"text": "\n".join(lines)}
+
+
 def expected_calls(row: dict[str, Any]) -> list[Call]:
     """The calls of the row's first message that calls; none where no message does."""
     calling = next((message["tool_calls"] for message in row["messages"] if "tool_calls" in message), [])

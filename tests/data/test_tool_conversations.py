@@ -12,6 +12,7 @@ import pytest
 
 from nanollama_jax.data import tool_conversations, tools
 from nanollama_jax.data.conversations import parse_conversation
+from nanollama_jax.data.sources import read_records
 from nanollama_jax.errors import BadInput
 
 ROWS = 2000
@@ -144,6 +145,17 @@ def test_held_out_requests_are_other_arrangements_of_known_words():
     assert words["test"] <= words["train"]
     assert not set(templates("test")) & set(templates("train"))
     assert all(each.requests[split] for each in (*tools.TOOLS.values(), *tool_conversations.CHAINS) for split in ("train", "test"))
+
+
+def test_transcripts_are_plain_text_of_other_conversations(splits):
+    texts = [record["text"] for _, record in read_records("builtin://transcripts?rows=200", 0, 1)]
+    asked = {message["content"] for row in splits["test"] for message in row["messages"] if message["role"] == "user"}
+    for text in texts:
+        tools_, said = text.split("\nUser: ", 1)
+        assert all({"name", "description", "parameters"} == json.loads(line).keys() for line in tools_.split("\n"))
+        assert said.split("\n")[0] not in asked and "<|" not in text and "Assistant: " in said
+    assert len(set(texts)) == 200 and sum("\nTool: {" in text for text in texts) > 100
+    assert not {text.split("\nUser: ", 1)[1] for text in texts} & {row["messages"][0]["content"] for row in splits["train"]}
 
 
 def test_rows_are_short_enough_for_a_small_model(rows):

@@ -18,7 +18,7 @@ from tests.trained import once
 MODEL = ["num_layers=2", "d_model=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "ffn_dim=64", "vocab_size=320"]
 STAGES = {"phase1": (0, 40, 32, 8), "phase2_8k": (40, 60, 64, 4), "phase2_16k": (60, 70, 128, 2), "phase3": (70, 80, 32, 8)}
 TUNING = {"sft": (0, 12, 128, 4), "dpo": (0, 8, 256, 4)}
-SOURCES = ("docs", "code", "reasoning")
+SOURCES = ("docs", "code", "reasoning", "transcripts")
 CHATS = {"tools": "chats", "math": "sums", "right_or_wrong": "pairs"}
 
 
@@ -94,7 +94,7 @@ def lab(tmp_path_factory) -> Lab:
 
 def fill(root: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
-    for name, alphabet in zip(SOURCES, ("abcdefgh ", "ijklmnop ", "0123456789 +="), strict=True):
+    for name, alphabet in zip(SOURCES, ("abcdefgh ", "ijklmnop ", "0123456789 +=", "qrstuvwx "), strict=True):
         texts = ["".join(rng.choice(list(alphabet), n, p=None)) * 3 for n in rng.integers(5, 400, 300)]
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(2, 12, 400)]
