@@ -28,7 +28,7 @@ DECONTAMINATION = {"policy": "cut", "benchmarks": FOUND, "documents_dropped": 2,
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Three prepared sources in alphabets of their own, without a validation split; their tokenizer; the ids of each of their texts."""
+    """Prepared sources in alphabets of their own, without a validation split; their tokenizer; the ids of each of their texts."""
     root, rng = tmp_path_factory.mktemp("mix"), np.random.default_rng(0)
     lengths = {"docs": [150] * 60, "code": [*rng.integers(30, 300, 300), 120_000, 100_000], "reasoning": [40] * 2000}
     texts = {name: ["".join(rng.choice(list(ALPHABETS[name]), n)) for n in lengths[name]] for name in lengths}
@@ -38,6 +38,7 @@ def corpora(tmp_path_factory):
     train_tokenizer_for([f"file://{root}/{name}.jsonl" for name in texts], path, 300, 60_000)
     for name in texts:
         prepare_source(name, f"file://{root}/{name}.jsonl", "none", root / name, path, validation_fraction=0, tasks=1)
+    prepare_source("transcripts", f"file://{root}/reasoning.jsonl", "none", root / "transcripts", path, validation_fraction=0, tasks=1)
     manifest = json.loads((root / "docs/manifest.json").read_text())
     (root / "docs/manifest.json").write_text(json.dumps(manifest | {"decontamination": DECONTAMINATION}))
     tokenizer = Tokenizer(path)
@@ -253,9 +254,9 @@ def test_the_tool_adds_up_a_curriculum(corpora, runs):
     done = runs[0]["curriculum"]
     assert done.returncode == 0, done.stderr
     # 400, 22, 28 and 50 steps of 2,048 tokens; what share of each is docs
-    docs = 2048 * (400 * 0.6 + 22 * 0.5 + 28 * 0.5 + 50 * 0.4) / sum(len(ids) + 2 for ids in corpora[2]["docs"])
+    docs = 2048 * (400 * 0.6 + 22 * 0.5 + 28 * 0.5 + 50 * 0.3) / sum(len(ids) + 2 for ids in corpora[2]["docs"])
     assert f"docs {docs:.2f} epochs" in done.stdout and f"warning: docs is read {docs:.2f} times in all stages together" in done.stdout
-    assert re.findall(r"^(\w+): reading", done.stdout, re.M) == ["phase1"] * 3 + ["phase2_8k"] * 2 + ["phase2_16k"] * 2 + ["phase3"] * 3
+    assert re.findall(r"^(\w+): reading", done.stdout, re.M) == ["phase1"] * 3 + ["phase2_8k"] * 2 + ["phase2_16k"] * 2 + ["phase3"] * 4
     pictures = {path.name: path.read_bytes() for path in runs[1].iterdir()}
     assert set(pictures) == {f"mix_{stage}.png" for stage in ("phase1", "phase2_8k", "phase2_16k", "phase3")}
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
