@@ -3,7 +3,6 @@
 The tokenizer and the corpora come first, so that one command goes from raw text to the last checkpoint. A gate that says stop ends the run.
 """
 
-import json
 import pathlib
 
 import jax
@@ -16,6 +15,7 @@ from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import CHAT_TOKENS, Tokenizer
 from nanollama_jax.train import gates, metrics
 from nanollama_jax.train.loop import train
@@ -120,6 +120,6 @@ def summarise(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
         fold = first[source] / last[source]
         shown = f"{first[source]:,.1f} at step 0, {last[source]:,.2f} after pre-training: {fold:.0f}-fold lower"
         metrics.console.print(f"validation perplexity of {source}: {shown}", soft_wrap=True)
-    (workdir / "summary.json").write_text(json.dumps({"first_validation": first, "stages": summary}, indent=1) + "\n")
+    write_json(workdir / "summary.json", {"first_validation": first, "stages": summary})
     metrics.plot_curves([workdir / name / "metrics.jsonl" for name in pretraining], workdir / "curves.png")
     metrics.console.print(f"Curves: {workdir / 'curves.png'}   Checkpoints: {workdir / names[-1] / checkpoint.FOLDER}", soft_wrap=True)

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from nanollama_jax import sharding
-from tests.trained import trained  # noqa: F401  a fixture
+from tests.trained import chat_tokenizer, trained  # noqa: F401  fixtures
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT / "../shared/data"

@@ -14,7 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import phase, recipe
+from nanollama_jax import checkpoint
 from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.loop import train
 
 VOCAB = 1024
@@ -25,6 +27,12 @@ STEPS = 60
 def trained(tmp_path_factory) -> pathlib.Path:
     """Its workdir."""
     return once(tmp_path_factory, "trained", _make) / "run"
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(trained) -> Tokenizer:
+    """Its tokenizer, with the chat tokens."""
+    return Tokenizer("chat", checkpoint.load(trained).tokenizer.extended())
 
 
 def once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:

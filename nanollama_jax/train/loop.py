@@ -27,6 +27,7 @@ from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.export.model_card import provenance
+from nanollama_jax.files import whole_file
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
@@ -92,7 +93,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         cleanup.callback(checkpoints.close)
         if is_main:
             settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
-            (workdir / "config.json").write_text(settled.to_json_best_effort(indent=1) + "\n")
+            with whole_file(workdir / "config.json") as file:
+                file.write(settled.to_json_best_effort(indent=1).encode() + b"\n")
         read_before = {}  # source -> where earlier stages left it
         if origin is None:
             (workdir / "gates.json").unlink(missing_ok=True)

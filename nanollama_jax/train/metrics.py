@@ -169,7 +169,8 @@ def start_wandb(config: ConfigDict, workdir: pathlib.Path):
 
     id_file = workdir / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id + "\n")
+    with whole_file(id_file) as file:
+        file.write(f"{run_id}\n".encode())
     about = dict(project=config.wandb.project, name=config.name, config=config.to_dict(), dir=str(workdir))
     try:
         run = wandb.init(id=run_id, resume="allow", mode=config.wandb.mode, **about)

@@ -8,12 +8,12 @@ import pytest
 from nanollama_jax.data import reasoning, tool_conversations
 from nanollama_jax.data.conversations import Message, ToolCall
 from nanollama_jax.evals import verifiable
-from tests.infer.scripted import CUT, Scripted, chat_tokenizer  # noqa: F401  a fixture
+from tests.infer.scripted import CUT, Scripted
 
 COUNT = 24
 
 
-def test_reasoning(chat_tokenizer):  # noqa: F811
+def test_reasoning(chat_tokenizer):
     answers = [reasoning.conversations("test", index)["answer"] for index in range(COUNT)]
     ways = {
         "right": lambda answer: Message("assistant", answer, "Well."),
@@ -38,7 +38,7 @@ def due() -> list[dict]:
     return [row for row in rows if row["kind"] != "none"][:COUNT]
 
 
-def test_tool_calls(chat_tokenizer, due):  # noqa: F811
+def test_tool_calls(chat_tokenizer, due):
     def replies(row):
         name, arguments = tool_conversations.expected_calls(row)[0]
         right = ToolCall(name, arguments)

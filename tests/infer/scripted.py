@@ -2,20 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-import pytest
-
-from nanollama_jax import checkpoint
 from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Message
 from nanollama_jax.infer.engine import Completion
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 CUT = "(cut off)"  # after a text: its end is left out
-
-
-@pytest.fixture(scope="session")
-def chat_tokenizer(trained) -> Tokenizer:
-    return Tokenizer("chat", checkpoint.load(trained).tokenizer.extended())
 
 
 class Scripted:

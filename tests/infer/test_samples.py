@@ -10,10 +10,10 @@ from nanollama_jax.data.conversations import Message, ToolCall, parse_tools
 from nanollama_jax.infer.samples import lines
 from nanollama_jax.infer.sampling import Sampling
 from tests.conftest import ROOT
-from tests.infer.scripted import CUT, Scripted, chat_tokenizer  # noqa: F401  a fixture
+from tests.infer.scripted import CUT, Scripted
 
 
-def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):  # noqa: F811
+def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):
     called = Message("assistant", "I look.", "Of what?\nA lamp.", (ToolCall("get_price", {"item": "lamp", "city": "Oslo"}),))
     engine = Scripted(chat_tokenizer, [called, f"and so on{CUT}", ""])
     assert list(lines(engine, ["A\nlamp?", "Go on.", "Nothing?"], 50)) == [
@@ -23,7 +23,7 @@ def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):  
     ]  # fmt: skip
 
 
-def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):  # noqa: F811
+def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):
     reply = runpy.run_path(str(ROOT / "tools" / "chat.py"))["reply"]
     wrong = ToolCall("get_price", {"item": "lamp", "city": "Atlantis"})
     calls = (wrong, ToolCall("fly", {}), ToolCall("get_price", {"item": "lamp", "city": "Oslo"}))
