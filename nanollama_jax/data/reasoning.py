@@ -1,8 +1,9 @@
 """Small problems with the steps that solve them, and pairs of a right and a wrong solution, made by the row and without end.
 
 The questions and what counts as a right answer are reasoning-gym's; the thoughts are worked out here, and their last line has the answer. A
-question is of the test split or of train by its hash alone, so that neither has one of the other's; the built-in corpus has none of test. Records
-depend on the split and the index alone: not on the process, nor on the version of Python.
+question is of the test split or of train by the hash of its steps alone, so that neither has one of the other's, nor asks for the same steps in other
+words (gcd of 34 and 51, and of 51 and 34); the built-in corpus has no question of test. Records depend on the split and the index alone: not on the
+process, nor on the version of Python.
 """
 
 import functools
@@ -63,12 +64,10 @@ def _draw(rng: random.Random, split: str, index: int) -> tuple[str, dict[str, An
     while True:
         entry = _dataset(task)[rng.randrange(*SEEDS[split])]
         question = entry["question"].strip()
-        if _is_test(question) == (split == "test") and (split == "train" or question not in _built_in(task)):
+        steps = _thought(task, entry, entry["answer"])
+        is_test = hashlib.blake2b(steps.encode()).digest()[0] % 8 == 0
+        if is_test == (split == "test") and (split == "train" or question not in _built_in(task)):
             return task, entry
-
-
-def _is_test(question: str) -> bool:
-    return hashlib.blake2b(question.encode()).digest()[0] % 8 == 0
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from nanollama_jax.errors import BadInput
 
 ROWS = 1200  # 200 of each of the tasks
 # Of the first 300 rows of each kind and split, on any Python: print(digest()) after a change that was meant to change them.
-DIGEST = "2f27b4c4898f6148055bd9342e27dadd7115e45ae90ec3a2b25080a3dc46daef"
+DIGEST = "e8d0d0f27522bc541fe6b367376bc54ef5a1dc4518744c386830ef08a0792a5f"
 SCRIPT = "from tests.data.test_reasoning import digest; print(digest())"
 
 
@@ -126,6 +126,8 @@ def test_no_question_of_test_is_in_train_or_in_the_built_in_corpus(splits, pairs
     corpus = {text.partition("\n")[0].removeprefix("Question: ") for text in read}
     assert len(corpus) > 1000 and len(test) > ROWS
     assert not test & train and not test & corpus
+    steps = {split: {row["thought"] for row in rows} for split, rows in splits.items()}
+    assert not steps["train"] & steps["test"]
 
 
 def test_some_tasks_alone():
