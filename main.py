@@ -1,6 +1,6 @@
 """Trains: one phase, or a whole curriculum. The config file says what; everything in it can be overridden on the command line.
 
-python main.py --config configs/curriculum.py:nano                                   all four phases, minutes on a laptop CPU
+python main.py --config configs/curriculum.py:nano                                   all stages, minutes on a laptop CPU
 python main.py --config configs/phase1.py --workdir runs/1b/phase1                   one phase of the 1B model
 python main.py --config configs/phase1.py:nano --config.optimizer.peak_lr=1e-3       any value of the config, by its name
 

@@ -1,11 +1,14 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files that are there whole or not at all, whatever happens while they are written, and folders that one process works in at a time."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from nanollama_jax.errors import BadInput
 
 
 @contextlib.contextmanager
@@ -27,3 +30,14 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, else_say: str) -> Iterator[None]:
+    """Inside, no other process comes past a lock on this file: it gets `else_say` as a BadInput. The lock goes with the process, however it ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(else_say) from error
+        yield

@@ -1,6 +1,7 @@
 import pytest
 
-from nanollama_jax.files import whole_file, write_json
+from nanollama_jax.errors import BadInput
+from nanollama_jax.files import locked, whole_file, write_json
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -17,3 +18,10 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     with pytest.raises(ZeroDivisionError):
         cut_short()
     assert path.read_text() == '{\n "a": 1\n}\n' and list(path.parent.iterdir()) == [path]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with locked(tmp_path / "lock", "first"), pytest.raises(BadInput, match="second"), locked(tmp_path / "lock", "second"):
+        pytest.fail("two are inside")
+    with locked(tmp_path / "lock", "third"):
+        pass

@@ -163,7 +163,7 @@ def naming(place: str) -> Iterator[None]:
 
 
 def present(value: Any, what: str) -> dict[str, Any]:
-    """A JSON object without its nulls: Parquet fills with them what a row does not have."""
+    """A JSON object without its nulls, which stand for what is not there."""
     return {key: each for key, each in _typed(value, dict, what).items() if each is not None}
 
 

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, totals, verify_shards
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, totals, verify_shards
+from nanollama_jax.data.sources import about_files
 from nanollama_jax.errors import BadInput
-from nanollama_jax.files import whole_file, write_json
+from nanollama_jax.files import locked, whole_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 KINDS = {"conversations": parse_conversation, "preferences": parse_preference}
@@ -41,40 +42,39 @@ def prepare(
         raise BadInput(f"{name}: kind={kind!r} and bad_rows={bad_rows!r}: choose conversations or preferences, and stop or skip")
     out_dir = Path(out_dir)
     settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
-    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"}
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"} | about_files(url)
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
-        for key, value in settings.items():
-            if manifest.get(key) != value:
-                raise BadInput(f"{out_dir} was prepared with {key}={manifest.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
-        verify_shards(out_dir, manifest)
+        check_same_inputs(out_dir, manifest, settings)
+        verify_shards(out_dir, manifest, checksums=True)
         return manifest
     chat.check_tokenizer(tokenizer)
     out_dir.mkdir(parents=True, exist_ok=True)
-    writers = {split: ShardWriter(out_dir, split, SHARD_TOKENS) for split in SPLITS}
-    left_out: dict[str, list[str]] = {"bad": [], "too long": []}
+    with locked(out_dir / "lock", f"{out_dir} is being prepared by another process: wait for it to end"):
+        writers = {split: ShardWriter(out_dir, split, SHARD_TOKENS) for split in SPLITS}
+        left_out: dict[str, list[str]] = {"bad": [], "too long": []}
 
-    def on_bad(where: str, mistake: BadInput) -> None:
-        if bad_rows == "stop":
-            raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; {name}.bad_rows=skip leaves them out)")
-        left_out["bad"].append(str(mistake))
+        def on_bad(where: str, mistake: BadInput) -> None:
+            if bad_rows == "stop":
+                raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; {name}.bad_rows=skip leaves them out)")
+            left_out["bad"].append(str(mistake))
 
-    records = read_rows(url, lambda record, where: (where, *_record(KINDS[kind](record, where), tokenizer)), on_bad)
-    console = rich.console.Console(stderr=True)
-    for where, record, prompt, length in rich.progress.track(records, f"{name}: encoding", console=console, disable=not console.is_terminal):
-        if length > max_tokens:
-            left_out["too long"].append(f"{where}: {length} tokens, where seq_len is {max_tokens}")
-            continue
-        hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
-        split = "validation" if hashed < validation_fraction * 2**64 else "train"
-        writers[split].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
-    splits = {split: totals(writer.close()) for split, writer in writers.items()}
-    if not splits["train"]["documents"]:
-        raise BadInput(f"{name}: no row of {url} is left to train on ({', '.join(f'{len(v)} {k}' for k, v in left_out.items())}): check it")
-    counts = {reason: len(lines) for reason, lines in left_out.items()}
-    (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
-    manifest = settings | {"left_out": counts, "splits": splits}
-    write_json(out_dir / MANIFEST, manifest)
+        records = read_rows(url, lambda record, where: (where, *_record(KINDS[kind](record, where), tokenizer)), on_bad)
+        console = rich.console.Console(stderr=True)
+        for where, record, prompt, length in rich.progress.track(records, f"{name}: encoding", console=console, disable=not console.is_terminal):
+            if length > max_tokens:
+                left_out["too long"].append(f"{where}: {length} tokens, where seq_len is {max_tokens}")
+                continue
+            hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
+            split = "validation" if hashed < validation_fraction * 2**64 else "train"
+            writers[split].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
+        splits = {split: totals(writer.close()) for split, writer in writers.items()}
+        if not splits["train"]["documents"]:
+            raise BadInput(f"{name}: no row of {url} is left to train on ({', '.join(f'{len(v)} {k}' for k, v in left_out.items())}): check it")
+        counts = {reason: len(lines) for reason, lines in left_out.items()}
+        (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
+        manifest = settings | {"left_out": counts, "splits": splits}
+        write_json(out_dir / MANIFEST, manifest)
     return manifest
 
 

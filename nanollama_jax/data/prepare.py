@@ -4,7 +4,6 @@ The work is cut into a fixed number of ranks; a finished rank is not done again,
 the bytes on disk depend on neither that, nor the number of workers, nor where they ran (data/executor.py).
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,10 +23,10 @@ from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, load_manifest, split_shards, totals, verify_shards
-from nanollama_jax.data.sources import batched, matched_files, read_documents, useful_ranks
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, split_shards, totals, verify_shards
+from nanollama_jax.data.sources import about_files, batched, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
-from nanollama_jax.files import write_json
+from nanollama_jax.files import locked, write_json
 from nanollama_jax.tokenizer import Tokenizer, train
 
 CONTAMINATED = "contaminated_ids.json"
@@ -142,27 +141,20 @@ def prepare_source(
         load_left_out(leave_out, url)  # a report that cannot be used is refused here
     inputs |= {"leave_out_sha256": hashlib.sha256(Path(leave_out).read_bytes()).hexdigest() if leave_out else ""}
     inputs |= {"benchmarks": benchmarks} | ({"contaminated": contaminated} if benchmarks else {})
-    if (files := matched_files(url)) is not None:
-        # Documents are dealt by the files' order: with another list, what finished ranks hold would be read twice, or never.
-        inputs["files"] = {"count": len(files), "sha256": hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()}
-        inputs["file_sizes"] = [os.path.getsize(file) for file in files]  # and by their lines: with one more or less it is the same
+    inputs |= about_files(url)
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
-        _check_same_inputs(out_dir, manifest, inputs)
+        check_same_inputs(out_dir, manifest, inputs)
         verify_shards(out_dir, manifest, checksums=True)
         return manifest
 
     logs = out_dir / "logs"
     (logs / "shards").mkdir(parents=True, exist_ok=True)
-    with open(logs / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(f"{out_dir} is being prepared by another process: wait for it to end") from error
+    with locked(logs / "lock", f"{out_dir} is being prepared by another process: wait for it to end"):
         layout = inputs | {"tasks": tasks, "shard_tokens": shard_tokens}
         begun = any((logs / "completions").glob("*")) or (logs / "slurm_job").exists()  # until then a mistake in the command can be mended
         if begun and (logs / "inputs.json").exists():
-            _check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
+            check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             write_json(logs / "inputs.json", layout)
         items = logs / "benchmarks.json" if benchmarks else None
@@ -217,25 +209,6 @@ def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | N
     write_json(out_dir / CONTAMINATED, {"policy": policy, "benchmarks": benchmarks, "contaminated": hits})
     counts = {key: removed[key] for key in ("documents_dropped", "documents_cut", "characters_removed")}
     return {"policy": policy, "benchmarks": benchmarks, "benchmarks_sha256": hashlib.sha256(items.read_bytes()).hexdigest(), **counts}
-
-
-def _check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key, value in new.items():
-        if key == "file_sizes":
-            if old.get(key, value) != value:
-                mended = f"; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
-                raise BadInput(
-                    f"files of {new['url']} were changed since {out_dir} was begun: if lines were added or removed, remove {out_dir} and prepare "
-                    f"it again{'' if 'splits' in old else mended}"
-                )
-            continue
-        if key == "files" and old.get(key, value) != value:
-            raise BadInput(
-                f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
-                f"{value['count']} now): remove {out_dir} and prepare it again, or choose another data.dir"
-            )
-        if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
-            raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
 
 
 def _dtype(vocab_size: int) -> str:

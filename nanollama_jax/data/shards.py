@@ -94,6 +94,26 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
                     yield Document(text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()), id=f"{path}:{number + 1}")
 
 
+def check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now."""
+    for key, value in new.items():
+        if key == "file_sizes":
+            if old.get(key, value) != value:
+                mended = f"; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
+                raise BadInput(
+                    f"files of {new['url']} were changed since {out_dir} was begun: if lines were added or removed, remove {out_dir} and prepare "
+                    f"it again{'' if 'splits' in old else mended}"
+                )
+            continue
+        if key == "files" and old.get(key, value) != value:
+            raise BadInput(
+                f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
+                f"{value['count']} now): remove {out_dir} and prepare it again, or choose another data.dir"
+            )
+        if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
+            raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
+
+
 def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, checksums: bool = False) -> None:
     """Raises `BadInput` that names the first shard which is missing or has another size; with `checksums`, reads them all."""
     for split in SPLITS:

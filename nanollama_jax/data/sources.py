@@ -1,8 +1,9 @@
 """Where raw data comes from: any source URL, read as records or as datatrove documents, divided among ranks.
 
     builtin://docs                       also builtin://code and builtin://reasoning: see data/builtin.py
-    builtin://math?rows=100              conversations and pairs, made to order: also builtin://tools and builtin://right_or_wrong; of math and
-                                         right_or_wrong &tasks=gcd,chain_sum has some tasks alone; &split=test has what is held out
+    builtin://math?rows=100              conversations and pairs, made to order: also builtin://tools, builtin://transcripts and
+                                         builtin://right_or_wrong; of math and right_or_wrong &tasks=gcd,chain_sum has some tasks alone;
+                                         &split=test has what is held out
     file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one record), .jsonl and
                                          .jsonl.gz, .xz, .zst (a line is one record), .parquet (a row is one record)
     hf://OWNER/NAME?name=SUBSET          streamed from the Hugging Face hub; hf:///PATH is a local folder laid out as on the hub;
@@ -19,6 +20,7 @@ unpack: split a large .xz).
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -29,7 +31,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from datatrove.data import Document
 
@@ -103,6 +105,18 @@ def matched_files(url: str) -> list[str] | None:
     return _match(path) if scheme == "file" else None
 
 
+def about_files(url: str) -> dict[str, Any]:
+    """What of a file:// URL must be the same where its preparation is gone on with, or not done again; empty for other schemes.
+
+    Documents are dealt by the files' order and by their lines: with others, what finished ranks hold would be read twice, or never.
+    """
+    if (files := matched_files(url)) is None:
+        return {}
+    names = "\0".join(files).encode(errors="surrogateescape")
+    listed = {"count": len(files), "sha256": hashlib.sha256(names).hexdigest()}
+    return {"files": listed, "file_sizes": [os.path.getsize(file) for file in files]}
+
+
 def useful_ranks(url: str) -> float:
     """How many ranks a source can keep busy: each that shares a file unpacks all of it, and unpacks .xz at 60 MB/s, .gz at 120 (measured)."""
     return len(files) * min(_RANKS_A_FILE.get(Path(path).suffix, 64) for path in files) if (files := matched_files(url)) else math.inf
@@ -162,7 +176,7 @@ def _generated(
     if not rows.isdecimal() or split not in ("train", "test"):
         raise BadInput(f"builtin://{name}?rows={rows}&split={split}: rows is a number, and split is train or test")
     among = [position for position, task in enumerate(reasoning.TASKS) if task in tasks.split(",")]
-    if not set(tasks.split(",")) <= set(reasoning.TASKS) or (name == "tools" and len(among) < len(reasoning.TASKS)):
+    if not set(tasks.split(",")) <= set(reasoning.TASKS) or (name not in ("math", "right_or_wrong") and len(among) < len(reasoning.TASKS)):
         raise BadInput(f"builtin://{name}?tasks={tasks}: tasks is for math and right_or_wrong, some of {', '.join(sorted(set(reasoning.TASKS)))}")
     for row in range(rank, int(rows), world_size):
         index = row // len(among) * len(reasoning.TASKS) + among[row % len(among)]
@@ -261,7 +275,7 @@ def _read_parquet(path: str, columns: list[str] | None, first: int, step: int) -
                 table = file.read_row_group(group, columns=columns)
                 values = dict(zip(table.column_names, table.columns))
                 for index in range((first - row) % step, table.num_rows, step):
-                    yield f"{path}:{row + index + 1}", {name: column[index].as_py() for name, column in values.items()}
+                    yield f"{path}:{row + index + 1}", {name: _present(column[index].as_py()) for name, column in values.items()}
                 row += table.num_rows
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}:{row + index + 1}: invalid UTF-8") from error
@@ -290,7 +304,7 @@ def _read_hub(
         for shard, first, step in _deal(dataset.num_shards, rank, world_size):
             for number, record in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
                 if number % step == first:
-                    yield f"hf://{path}/{split}/{shard}:{number + 1}", record
+                    yield f"hf://{path}/{split}/{shard}:{number + 1}", {name: _present(value) for name, value in record.items()}
     except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
         if path.startswith("/"):
             hint = "it must hold .jsonl, .parquet or .txt files in the hub's layout"
@@ -320,6 +334,13 @@ def _read_tfds(
             yield where, record | {name: record[name].decode() for name in texts}
         except UnicodeDecodeError as error:
             raise BadInput(f"{where}: invalid UTF-8") from error
+
+
+def _present(value: Any) -> Any:
+    """A field's value without the nulls inside: Arrow fills up each object with the keys of all others in its column."""
+    if isinstance(value, dict):
+        return {key: _present(each) for key, each in value.items() if each is not None}
+    return [_present(each) for each in value] if isinstance(value, list) else value
 
 
 def _field(record: dict, field: str, where: str):

@@ -5,7 +5,6 @@ the functions below it are its paragraphs.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
 import json
@@ -27,7 +26,7 @@ from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.files import whole_file
+from nanollama_jax.files import locked, whole_file
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
@@ -60,7 +59,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
         if is_main:
-            cleanup.enter_context(lock(workdir))
+            # Two runs in one workdir would overwrite each other's checkpoints.
+            cleanup.enter_context(locked(workdir / ".lock", f"another run is at work in {workdir}: wait for it, or choose another --workdir"))
         metrics.set_up_logging(workdir, is_main)
 
         # ---- Build the mesh, and see that attention is right on it
@@ -133,6 +133,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             feed = dataclasses.replace(feed, validation=validation)
             inherited["reference_weights"] = reference.weights
 
+        sampling = tuning and bool(config.samples.every and config.samples.prompts)
+        if sampling and jax.process_count() > 1:
+            log.info("%s: no samples with several processes: an engine is one process's", config.name)
+            sampling = False
+        prompts = samples.encode(config.samples.prompts, tokenizer, inherited["context_length"]) if sampling else {}
+
         # ---- Report and compile
         reporter = metrics.Reporter(
             config, workdir, step=-1 if origin is None else step, flops_per_token=model.flops_per_token(config.seq_len),
@@ -164,7 +170,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         def sample() -> None:
             engine = Engine(model, state.params, tokenizer, rope_theta=float(rope_theta(step)), context_length=inherited["context_length"], mesh=mesh)
-            for line in samples.lines(engine, config.samples.prompts, config.samples.max_new_tokens):
+            for line in samples.lines(engine, prompts, config.samples.max_new_tokens):
                 log.info("%s step %d  %s", config.name, step, line)
 
         def save() -> None:
@@ -187,10 +193,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 checkpoints.wait()
                 raise RunStopped(f"{text}. The run is saved; to go on all the same, run it again with --config.gates.enforce=False")
 
-        sampling = tuning and bool(config.samples.every and config.samples.prompts)
-        if sampling and jax.process_count() > 1:
-            log.info("%s: no samples with several processes: an engine is one process's", config.name)
-            sampling = False
         if step == 0:
             validate()
         pass_gate(None)  # one that held the run before
@@ -324,17 +326,6 @@ def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, ch
     found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
     found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
     return f"{len(found)} segment(s): " + " | ".join(repr(tokenizer.decode(ids)[:characters]) for ids in found[:documents])
-
-
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Two runs in one workdir would overwrite each other's checkpoints. The lock goes with the process, however it ends."""
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another run is at work in {workdir}: wait for it, or choose another --workdir") from None
-        yield
 
 
 @contextlib.contextmanager

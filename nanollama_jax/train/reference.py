@@ -1,5 +1,5 @@
 """DPO's reference: the log-probabilities that the model gave every answer before training, computed once, by the step's own kernels, and kept in
-`WORKDIR/reference.npz` with fingerprints of the weights and of the data.
+`WORKDIR/reference.npz` with fingerprints of the weights and of the data, and the kernels' precision.
 """
 
 import functools
@@ -46,7 +46,7 @@ def open_reference(
 ) -> Reference:  # fmt: skip
     """Read from `workdir`, or computed with the weights of `initial_params()` and written there. `expected` is the fingerprint of the run that is
     gone on with, None for a new one. Raises BadInput where a file's fingerprint, or that of the weights, is another than it must be."""
-    path, of_data = workdir / FILE, fingerprint(feed)
+    path, of_data, kernels = workdir / FILE, fingerprint(feed), f"{model.dtype}, {model.attention} attention"
     params = None
     if expected is None or not path.exists():
         params = initial_params()
@@ -59,6 +59,8 @@ def open_reference(
         if (found["weights"], found["data"]) != (expected, of_data):
             what = "another model" if found["weights"] != expected else "other data"
             raise BadInput(f"{path} was computed with {what}: set that back, or remove the file to compute it anew, or choose another --workdir")
+        if found["kernels"] != kernels:
+            raise BadInput(f"{path} was computed in {found['kernels']}, and this run is in {kernels}: set that back, or remove the file")
         return Reference(found["logprobs"], expected)
 
     logprobs = np.zeros((sum(len(rows.units) for rows in feed.rows), 2), np.float32)
@@ -77,7 +79,7 @@ def open_reference(
                 said = time.monotonic()
     if jax.process_index() == 0:
         with whole_file(path) as file:
-            np.savez(file, logprobs=logprobs, weights=expected, data=of_data)
+            np.savez(file, logprobs=logprobs, weights=expected, data=of_data, kernels=kernels)
     return Reference(logprobs, expected)
 
 
@@ -93,7 +95,7 @@ def fingerprint(feed: Feed) -> str:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {"logprobs": file["logprobs"], "weights": str(file["weights"]), "data": str(file["data"])}
+            return {"logprobs": file["logprobs"]} | {key: str(file[key]) for key in ("weights", "data", "kernels")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path} is damaged ({error}): remove it, and it is computed anew") from error
 

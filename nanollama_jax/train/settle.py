@@ -41,6 +41,8 @@ def settle(config: ConfigDict) -> ModelConfig:
         )
     if c.task not in TASKS:
         raise BadInput(f"task={c.task!r} is unknown: choose one of {', '.join(TASKS)}")
+    if c.task != "pretrain" and not c.model.document_mask:
+        raise BadInput(f"{c.task}: with model.document_mask=False the conversations of a row would see each other: leave it on")
     if c.task == "dpo" and (c.data.max_segments % 2 or not 0 <= c.preference.label_smoothing < 0.5 or c.preference.beta <= 0):
         raise BadInput("dpo: data.max_segments must be even, preference.beta above 0 and preference.label_smoothing at least 0 and below 0.5")
     if c.samples.every < 0 or c.samples.max_new_tokens < 1:

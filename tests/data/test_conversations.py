@@ -362,6 +362,20 @@ def test_parquet_fills_with_nulls_what_a_row_does_not_have(tmp_path):
     assert [row.messages for row in found] == [parse_conversation(row, "").messages for row in rows]
 
 
+@pytest.mark.parametrize("hub", [False, True])
+def test_nor_do_calls_learn_each_other_s_arguments(tmp_path, hub):
+    """Parquet gives each object the keys of all others in its column: a call of one tool those of another's arguments, as nulls."""
+    tools = [
+        {"name": name, "parameters": {"type": "object", "properties": {key: {"type": "string"}}}} for name, key in (("add", "a"), ("sky", "city"))
+    ]
+    calls = [{"name": "add", "arguments": {"a": "1"}}, {"name": "sky", "arguments": {"city": "Rome"}}]
+    rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": tools} for call in calls]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    url = f"hf://{tmp_path}" if hub else f"file://{tmp_path}/*.parquet"
+    found = list(read_conversations(url, on_bad=lambda where, error: pytest.fail(str(error))))
+    assert [(row.messages[1].tool_calls[0].arguments, row.tools) for row in found] == [(call["arguments"], tuple(tools)) for call in calls]
+
+
 @pytest.mark.parametrize(("name", "rows", "turns"), [("chat_oasst", 100, 284), ("math_cot_gsm8k", 4000, 8000), ("reasoning_cot_flan", 6000, 12000)])
 def test_real_conversations(shared_data, name, rows, turns):
     url = f"file://{shared_data}/sft/{name}.jsonl"

@@ -10,6 +10,7 @@ from nanollama_jax.data import chat, finetuning, pipeline, rows
 from nanollama_jax.data.conversations import read_conversations
 from nanollama_jax.data.preference import read_preferences
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import locked
 from nanollama_jax.tokenizer import Tokenizer
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -114,6 +115,20 @@ def test_prepared_again(tokenizer, tmp_path):
     source = pipeline.open_source(tmp_path, "chats", tokenizer, "conversations")
     with pytest.raises(BadInput, match="was prepared for rows of 128 tokens"):
         rows.Rows.of(source, "train", seq_len=64, max_segments=8)
+    with pytest.raises(BadInput, match=r"rows.jsonl were changed since .*prepare\s+it again$"):
+        prepare(tmp_path, tokenizer, [GOOD] * 4)
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(BadInput, match="its checksum differs"):
+        prepare(tmp_path, tokenizer, [GOOD] * 3)
+
+
+def test_prepared_by_one_process_at_a_time(tokenizer, tmp_path):
+    (tmp_path / "chats").mkdir()
+    with locked(tmp_path / "chats" / "lock", ""), pytest.raises(BadInput, match="is being prepared by another process"):
+        prepare(tmp_path, tokenizer, [GOOD])
+    assert prepare(tmp_path, tokenizer, [GOOD])["splits"]["train"]["documents"] == 1
 
 
 def test_a_longer_conversation_is_on_the_side_of_its_beginning(tokenizer, tmp_path):

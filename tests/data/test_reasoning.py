@@ -134,7 +134,12 @@ def test_some_tasks_alone():
     rows = list(read_records("builtin://math?rows=7&tasks=gcd,chain_sum", 0, 1))
     assert [record for _, record in rows] == [reasoning.conversations("train", index) for index in (0, 2, 5, 6, 8, 11, 12)]
     assert [reasoning.TASKS[index % 6] for index in (0, 2, 5)] == ["chain_sum", "chain_sum", "gcd"]
-    for url, said in (("math?tasks=gdc", "some of chain_sum, gcd"), ("tools?tasks=gcd", "is for math"), ("docs?tasks=gcd", "tasks is an option of")):
+    for url, said in (
+        ("math?tasks=gdc", "some of chain_sum, gcd"),
+        ("tools?tasks=gcd", "is for math"),
+        ("transcripts?tasks=gcd", "is for math"),
+        ("docs?tasks=gcd", "tasks is an option of"),
+    ):
         with pytest.raises(BadInput, match=said):
             list(read_records(f"builtin://{url}", 0, 1))
 

@@ -56,6 +56,7 @@ def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
     assert "its tokenizer has no chat tokens: fine-tune it first" in refused("dpo", "phase3")
     assert "was trained up to rope theta 10000.0: set rope.start_theta=10000.0" in refused("sft", "phase1")
     assert "the vocabulary is already extended" in refused("sft", "phase3", f"--config.tokenizer.base={lab.root}/tokenizer_chat.model")
+    assert "conversations of a row would see each other" in refused("sft", "phase3", "--config.model.document_mask=False")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -66,6 +67,8 @@ def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
         kept = dict(reference)
     np.savez(path, **kept | {"data": "0" * 64})
     assert "was computed with other data: set that back" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
+    np.savez(path, **kept | {"kernels": "bfloat16, cudnn_packed attention"})
+    assert "was computed in bfloat16, cudnn_packed attention, and this run is in float32, xla" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
     path.write_bytes(b"PK")
     assert "is damaged" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
     # gone on with, the run wants the model that it began with

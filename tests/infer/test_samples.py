@@ -3,11 +3,13 @@
 import io
 import runpy
 
+import pytest
 import rich.console
 
 from nanollama_jax.data import tools
 from nanollama_jax.data.conversations import Message, ToolCall, parse_tools
-from nanollama_jax.infer.samples import lines
+from nanollama_jax.errors import BadInput
+from nanollama_jax.infer.samples import encode, lines
 from nanollama_jax.infer.sampling import Sampling
 from tests.conftest import ROOT
 from tests.infer.scripted import CUT, Scripted
@@ -16,11 +18,17 @@ from tests.infer.scripted import CUT, Scripted
 def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):
     called = Message("assistant", "I look.", "Of what?\nA lamp.", (ToolCall("get_price", {"item": "lamp", "city": "Oslo"}),))
     engine = Scripted(chat_tokenizer, [called, f"and so on{CUT}", ""])
-    assert list(lines(engine, ["A\nlamp?", "Go on.", "Nothing?"], 50)) == [
+    prompts = encode(("A\nlamp?", "Go on.", "Nothing?"), chat_tokenizer, context_length=64)
+    assert list(lines(engine, prompts, 50)) == [
         "asked: 'A\\nlamp?'", "thinks: 'Of what?\\nA lamp.'", "says: 'I look.'", 'calls: \'get_price({"item": "lamp", "city": "Oslo"})\'',
         "asked: 'Go on.'", "says: 'and so on'", "(cut off)",
         "asked: 'Nothing?'", "says: ''",
     ]  # fmt: skip
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_training(chat_tokenizer):
+    with pytest.raises(BadInput, match=r"samples.prompts: 'Count: 1 1 1.* has \d+ tokens, and the context is of 64: shorten it"):
+        encode(("Hello", "Count:" + 64 * " 1"), chat_tokenizer, context_length=64)
 
 
 def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):

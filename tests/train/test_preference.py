@@ -174,6 +174,26 @@ def test_the_loss_is_the_mean_over_all_tokens_or_pairs(name):
     assert abs(found["loss"] / np.mean(losses / weights) - 1) > 1e-2
 
 
+@pytest.mark.parametrize("length_normalised", [False, True])
+def test_what_is_logged_is_that_of_float64(length_normalised):
+    """Of the model's own log-probabilities; `kl` is per token of an answer, the mean of both sides."""
+    batch, start = pairs_with_reference(), params()
+    objective = functools.partial(
+        objectives.preference, model=MODEL, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=length_normalised
+    )
+    with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
+        sums = jax.jit(functools.partial(step.validation_step, objective=objective))(start, batch, THETA)
+        ask = functools.partial(reference._logprobs, model=MODEL, segments=SEGMENTS, chunk_tokens=CHUNK)
+        logprobs = jax.jit(ask)(start, batch, THETA)
+    counts = np.stack([(batch["loss_weights"] * (batch["segment_ids"] == number)).sum(1) for number in range(1, SEGMENTS + 1)], 1)
+    expected = [each.sum() for each in float64_oracle(logprobs, batch["reference_logprobs"], counts, 0.1, 0.1, length_normalised)]
+    names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
+    np.testing.assert_allclose([sums[name] for name in names], expected, rtol=1e-4)
+    difference = np.asarray(batch["reference_logprobs"], np.float64) - logprobs
+    expected_kl = (difference[counts > 0] / counts[counts > 0]).sum() / 2
+    assert sums["kl"] == pytest.approx(expected_kl, rel=1e-4) and abs(expected_kl) > 1
+
+
 @pytest.mark.parametrize(("data", "fsdp", "accumulation"), [(1, 1, 4), (1, 2, 1), (2, 1, 4)])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_devices_and_microbatches_change_nothing(name, data, fsdp, accumulation):

@@ -69,6 +69,15 @@ def models(trained, tmp_path_factory) -> Models:
     return Models(config, tokenizer, np.float32(start.rope_theta), moved, start.params, folder)
 
 
+def test_new_rows_are_the_mean_of_the_old(models, trained):
+    base = checkpoint.load(trained)
+    new, old = ((p["embedding"]["kernel"], p["head"]["kernel"].T) for p in (models.reference, base.params))
+    for ours, before in zip(new, old, strict=True):
+        assert len(ours) == len(before) + 8 and np.array_equal(ours[: len(before)], before)
+        np.testing.assert_allclose(ours[len(before) :], np.repeat(np.mean(before, 0, np.float64)[None], 8, 0), atol=1e-6)
+        assert np.abs(ours[-1]).max() > 1e-4
+
+
 def write_rows(path: pathlib.Path, records: list) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return f"file://{path}"
