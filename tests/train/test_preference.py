@@ -111,7 +111,7 @@ def pairs_with_reference() -> dict[str, np.ndarray]:
     """The reference is drawn, so that every pair has another loss."""
     rows = pair_rows()
     (batch,) = rows.batches(len(rows))
-    learnt = np.array([[sum(ids >> 31) for ids in unit] for unit in rows.units])
+    learnt = np.array([[sum(ids >> 31) for ids in unit] for unit in rows.units], np.float64)  # a uint32 has no minus
     drawn = -learnt * np.random.default_rng(3).uniform(3, 8, learnt.shape)
     return reference.Reference(drawn.astype(np.float32), "").attach(batch)
 
@@ -190,7 +190,7 @@ def test_what_is_logged_is_that_of_float64(length_normalised):
     names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
     np.testing.assert_allclose([sums[name] for name in names], expected, rtol=1e-4)
     difference = np.asarray(batch["reference_logprobs"], np.float64) - logprobs
-    expected_kl = (difference[counts > 0] / counts[counts > 0]).sum() / 2
+    expected_kl = float((difference[counts > 0] / counts[counts > 0]).sum() / 2)
     assert sums["kl"] == pytest.approx(expected_kl, rel=1e-4) and abs(expected_kl) > 1
 
 
