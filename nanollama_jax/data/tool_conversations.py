@@ -52,10 +52,10 @@ CHAINS = (
     Chain(
         first="get_weather", second="calculate",
         follows=lambda known: {"operation": "add", "a": known["temperature"], "b": known["n"]},
-        answer="The degrees in {city} on {day} plus {n} are {result}.",
-        requests={"train": ("What are the degrees in {city} on {day} plus {n}?", "Add {n} to the degrees in {city} on {day}.",
-                            "On {day}, how many degrees are there in {city}, plus {n}?"),
-                  "test": ("How many degrees are there in {city} on {day}, plus {n}?", "Tell me the degrees on {day} in {city} plus {n}.")},
+        answer="The degrees in {city} on {date} plus {n} are {result}.",
+        requests={"train": ("What are the degrees in {city} on {date} plus {n}?", "Add {n} to the degrees in {city} on {date}.",
+                            "On {date}, how many degrees are there in {city}, plus {n}?"),
+                  "test": ("How many degrees are there in {city} on {date}, plus {n}?", "Tell me the degrees on {date} in {city} plus {n}.")},
     ),
     Chain(
         first="get_distance", second="convert_units",

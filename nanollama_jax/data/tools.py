@@ -1,11 +1,12 @@
-"""Ten small tools over closed lists and a seeded world, for conversations that use tools (tool_conversations.py): what they take, how they are run,
-and in which words they are asked for. Facts about the world are the same in every conversation.
+"""Ten small tools over short lists, dates and a seeded world, for conversations that use tools (tool_conversations.py): what they take, how they are
+run, and in which words they are asked for. Facts about the world are the same in every conversation.
 """
 
 import dataclasses
 import datetime
 import json
 import random
+import string
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,6 @@ CITIES = {"Lima": -5, "Quito": -5, "Havana": -5, "Boston": -5, "Chicago": -6, "D
           "Manila": 8, "Tokyo": 9, "Sydney": 10}  # hours from UTC, in winter as in summer  # fmt: skip
 ITEMS = ("lamp", "chair", "table", "book", "pen", "cup", "hat", "coat", "shirt", "bag", "ball", "clock", "lemon", "cake", "spoon", "plate", "rope",
          "map", "ring", "boat")  # fmt: skip
-DAYS = ("Monday", "Friday", "Saturday", "Sunday")
 SKIES = ("sun", "rain", "snow", "clouds", "fog", "wind")
 UNITS = {"g": ("mass", 1), "kg": ("mass", 1000), "m": ("length", 1), "km": ("length", 1000), "hours": ("time", 1), "days": ("time", 24)}
 CONVERSIONS = (("kg", "g"), ("g", "kg"), ("km", "m"), ("m", "km"), ("days", "hours"))
@@ -110,8 +110,8 @@ def _get_population(city: str) -> dict[str, Any]:
     return {"population": 1000 * _world("population", _known(city, CITIES)).randint(100, 9000)}
 
 
-def _get_weather(city: str, day: str) -> dict[str, Any]:
-    rng = _world("weather", _known(city, CITIES), day)
+def _get_weather(city: str, date: str) -> dict[str, Any]:
+    rng = _world("weather", _known(city, CITIES), datetime.date.fromisoformat(date).isoformat())
     return {"sky": rng.choice(SKIES), "temperature": rng.randint(-5, 35)}
 
 
@@ -151,7 +151,7 @@ def _two_dates(rng: random.Random) -> tuple[str, str]:
 
 def _letter_and_word(rng: random.Random) -> tuple[str, str]:
     word = rng.choice(WORDS)
-    return word, rng.choice(word)
+    return word, rng.choice(rng.choice((word, string.ascii_lowercase)))
 
 
 _STRING, _NUMBER, _INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
@@ -227,7 +227,9 @@ TOOLS = {
         answer="It is {days} days from {start} to {end}.",
         requests={"train": ("How many days are there between {start} and {end}?", "How many days is it from {start} to {end}?",
                             "Count the days from {start} to {end}.", "Today is {start}. How many days are left to {end}?",
-                            "I leave on {start} and am back on {end}. How many days is that?"),
+                            "I leave on {start} and am back on {end}. How many days is that?",
+                            "I leave on {end}. How many days is that from {start}?",
+                            "Today is {start}, and I am back on {end}. How many days is that?"),
                   "test": ("Count the days between {start} and {end}.", "Today is {start}, and I leave on {end}. How many days is it to that?")},
         missing=Missing("end", "To which date?", ("{end}.", "To {end}."),
                         {"train": ("Today is {start}. How many days are left?", "Count the days from {start} on."),
@@ -265,18 +267,18 @@ TOOLS = {
                          "test": ("Tell me how many people live there.", "What is the population of a city?")}),
     ),
     "get_weather": Tool(
-        description="Weather in a city on a day",
-        properties={"city": _STRING, "day": _STRING | {"enum": list(DAYS)}},
+        description="Weather in a city on a date",
+        properties={"city": _STRING, "date": _STRING},
         run=_get_weather,
-        draw=lambda rng: (rng.choice(tuple(CITIES)), rng.choice(DAYS)),
-        finds="the weather in {city} on {day}",
-        answer="In {city} there is {sky} on {day}, and it is {temperature} degrees.",
-        requests={"train": ("What is the weather in {city} on {day}?", "How warm is it in {city} on {day}?",
-                            "I am in {city} on {day}. How warm will it be?", "Tell me the weather on {day} in {city}.",
-                            "Will there be rain in {city} on {day}?"),
-                  "test": ("On {day} I am in {city}. What is the weather there?", "Tell me how warm it will be in {city} on {day}.",
-                           "How will the weather be on {day} in {city}?")},
-        missing=Missing("day", "On which day?", ("{day}.", "On {day}."),
+        draw=lambda rng: (rng.choice(tuple(CITIES)), _date(rng)),
+        finds="the weather in {city} on {date}",
+        answer="In {city} there is {sky} on {date}, and it is {temperature} degrees.",
+        requests={"train": ("What is the weather in {city} on {date}?", "How warm is it in {city} on {date}?",
+                            "I am in {city} on {date}. How warm will it be?", "Tell me the weather on {date} in {city}.",
+                            "Will there be rain in {city} on {date}?"),
+                  "test": ("On {date} I am in {city}. What is the weather there?", "Tell me how warm it will be in {city} on {date}.",
+                           "How will the weather be on {date} in {city}?")},
+        missing=Missing("date", "On which date?", ("{date}.", "On {date}."),
                         {"train": ("What will the weather be in {city}?", "How warm will it be in {city}?"),
                          "test": ("Tell me how warm it will be in {city}.", "How will the weather be in {city}?")}),
     ),
