@@ -31,7 +31,7 @@ def base(scale: str) -> ConfigDict:
     config.scale = scale
     config.task = "pretrain"  # or sft, dpo
     config.seed = 0
-    config.init_from = ""  # a workdir whose latest checkpoint (params, optimizer, step) to start from
+    config.init_from = ""  # a workdir whose latest checkpoint (params, optimizer, step; sft, dpo: params alone) to start from
 
     config.model = ConfigDict(MODELS[scale])
     config.model.norm_eps = 1e-5

@@ -8,10 +8,12 @@ The tools are those of the built-in training data (nanollama_jax/data/tools.py);
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -61,6 +63,13 @@ def reply(
     return messages
 
 
+def typed() -> Iterator[str]:
+    """What the user types, to an empty line or the end."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (said := input("you: ")).strip():
+            yield said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
@@ -85,14 +94,8 @@ def main() -> None:
         begun = [Message("system", arguments.system)] if arguments.system else []
         if not arguments.ask:
             print("An empty line or Ctrl-D ends; /new begins a new conversation.", file=sys.stderr)
-        messages, asked = list(begun), list(arguments.ask)
-        while True:
-            try:
-                said = asked.pop(0) if asked else "" if arguments.ask else input("you: ")
-            except (EOFError, KeyboardInterrupt):
-                return
-            if not said.strip():
-                return
+        messages = list(begun)
+        for said in arguments.ask or typed():
             if said == "/new":
                 messages = list(begun)
                 continue

@@ -1,11 +1,11 @@
-"""Scores a checkpoint and prints a table; with --out also writes the results as JSON. Tasks so far: perplexity, reasoning and tools.
+"""Scores a checkpoint and prints a table; with --out also writes the results as JSON. Tasks so far: perplexity, reasoning, tools, tool_turns.
 
 python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks perplexity --text 'file://texts/*.jsonl' --text builtin://docs
 python tools/evaluate.py --checkpoint runs/1b --tasks perplexity --text file://wiki.test.txt --rule llama.cpp --out scores.json
 
-python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks reasoning,tools --questions 300 --out scores.json
+python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks reasoning,tools,tool_turns --questions 300 --out scores.json
 
-reasoning and tools are questions of the built-in conversations' test splits, to fine-tuned models (nanollama_jax/evals/verifiable.py).
+The others are questions of the built-in conversations' test splits, to fine-tuned models (nanollama_jax/evals/verifiable.py).
 Perplexity is that of running text (URLs as in nanollama_jax/data/sources.py), by one of two rules: nanollama_jax/evals/perplexity.py says which.
 """
 
@@ -29,7 +29,12 @@ from nanollama_jax.files import write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 
-TASKS = ("perplexity", "reasoning", "tools")
+ASKED = {  # task -> its questions, and how they are put
+    "reasoning": (verifiable.reasoning_questions, "greedy"),
+    "tools": (verifiable.tool_calls, "greedy, the first call, under the tools' grammar"),
+    "tool_turns": (verifiable.tool_turns, "greedy, the first message, without a grammar: calls or none"),
+}
+TASKS = ("perplexity", *ASKED)
 
 
 def main() -> None:
@@ -37,8 +42,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the results")
-    parser.add_argument("--questions", type=int, default=300, help="reasoning, tools: how many of each (default: %(default)s)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="reasoning, tools: print the first N replies")
+    parser.add_argument("--questions", type=int, default=300, help="all but perplexity: how many of each (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="all but perplexity: print the first N replies")
     group = parser.add_argument_group("perplexity")
     group.add_argument("--text", action="append", default=[], metavar="URL", help="a text; can be given several times, each has its own row")
     group.add_argument("--rule", default="sliding", choices=perplexity.RULES, help="how windows are laid (default: %(default)s)")
@@ -50,45 +55,44 @@ def main() -> None:
         tasks = arguments.tasks.split(",")
         if unknown := set(tasks) - set(TASKS):
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
-        results = measure_perplexity(arguments) if "perplexity" in tasks else {}
-        if {"reasoning", "tools"} & set(tasks):
-            results |= ask(arguments, [task for task in tasks if task != "perplexity"])
+        if arguments.questions < 1:
+            raise BadInput(f"--questions={arguments.questions}: ask at least one")
+        if "perplexity" in tasks and not arguments.text:
+            raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
+        for url in arguments.text:
+            sources.matched_files(url)  # a file that is not there is found before the model is loaded
+        loaded = checkpoint.load(arguments.checkpoint)
+        engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
+        print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}")
+        results = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
+        if "perplexity" in tasks:
+            results |= measure_perplexity(arguments, engine)
+        if asked := [task for task in tasks if task != "perplexity"]:
+            results |= ask(arguments, engine, asked)
         if arguments.out:
             write_json(arguments.out, results)
 
 
-def ask(arguments: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
-    if arguments.questions < 1:
-        raise BadInput(f"--questions={arguments.questions}: ask at least one")
-    loaded = checkpoint.load(arguments.checkpoint)
-    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
-    print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}")
-    results: dict[str, Any] = dict(checkpoint=str(loaded.path), provenance=provenance(loaded.metadata), questions=arguments.questions)
+def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict[str, Any]:
+    results: dict[str, Any] = dict(questions=arguments.questions)
     for task in tasks:
-        asked = {"reasoning": verifiable.reasoning_questions, "tools": verifiable.tool_calls}[task](engine, arguments.questions)
-        console = rich.console.Console(stderr=True)
-        verdicts = list(rich.progress.track(asked, task, arguments.questions, console=console, disable=not console.is_terminal))
+        ask_all, how = ASKED[task]
+        verdicts_of, console = ask_all(engine, arguments.questions), rich.console.Console(stderr=True)
+        verdicts = list(rich.progress.track(verdicts_of, task, arguments.questions, console=console, disable=not console.is_terminal))
         for verdict in verdicts[: arguments.show]:
             said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
             print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
         results[task] = verifiable.shares(verdicts)
-        print(f"{task}: test split, greedy" + (", the first call, under the tools' grammar" if task == "tools" else ""))
+        print(f"{task}: test split, {how}")
         for kind, found in results[task].items():
             error = (found["right"] * (1 - found["right"]) / found["count"]) ** 0.5
-            valid = f"   valid {found['valid']:6.1%}" if task == "tools" else ""
+            valid = f"   valid {found['valid']:6.1%}" if "valid" in found else ""
             print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {error:.1%}{valid}")
     return results
 
 
-def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
-    if not arguments.text:
-        raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
-    for url in arguments.text:
-        sources.matched_files(url)  # a file that is not there is found before the model is loaded
-    loaded = checkpoint.load(arguments.checkpoint)
-    context, stride = perplexity.settle(arguments.rule, arguments.context, arguments.stride, loaded.context_length)
-    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
-    print(f"{loaded.path}: step {loaded.metadata['step']:,}, rope theta {loaded.rope_theta:,.0f}")
+def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
+    context, stride = perplexity.settle(arguments.rule, arguments.context, arguments.stride, engine.context_length)
     print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")
     width = max(map(len, arguments.text))
     print(
@@ -111,8 +115,7 @@ def measure_perplexity(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         texts[url] = dataclasses.asdict(found)
     settings = dict(rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens)
-    about = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
-    return about | {"perplexity": settings | {"texts": texts}}
+    return {"perplexity": settings | {"texts": texts}}
 
 
 if __name__ == "__main__":

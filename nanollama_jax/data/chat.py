@@ -37,8 +37,8 @@ class Stretch(NamedTuple):
 
     text: str
     special: bool = False
-    header: str = ""  # what `text` begins with and the assistant does not say
-    learnt: bool = False  # said by the assistant, but for `header`
+    header: bool = False  # `text` begins with _ANSWER, which the assistant does not say
+    learnt: bool = False  # said by the assistant, but for the header
 
 
 class Encoded(NamedTuple):
@@ -61,13 +61,13 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
             listed = "\n".join(["Tools:", *map(_json, tools)]) if message.role == "system" and tools else ""
             yield Stretch(f"{message.role}\n" + "\n\n".join(filter(None, (message.content, listed))))
         elif thought := message.thought.strip():
-            yield Stretch(_ANSWER, header=_ANSWER)
+            yield Stretch(_ANSWER, header=True)
             yield Stretch(THOUGHT_START, special=True, learnt=True)
             yield Stretch(thought, learnt=True)
             yield Stretch(THOUGHT_END, special=True, learnt=True)
             yield Stretch(message.content.strip(), learnt=True)
         else:
-            yield Stretch(_ANSWER + message.content.strip(), header=_ANSWER, learnt=True)
+            yield Stretch(_ANSWER + message.content.strip(), header=True, learnt=True)
         for call in message.tool_calls:
             yield Stretch(TOOL_CALL, special=True, learnt=True)
             yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learnt=True)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from nanollama_jax.data.sources import read_records
 from nanollama_jax.errors import BadInput
 
-FORMATS = "`messages`, `conversations`, `question` and `answer`, `query` and `response`, `chosen` and `rejected`"
+FORMATS = "`messages`, `conversations`, `question` and `answer`, `query` and `response`; for DPO `chosen` and `rejected`"
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
           "gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool"}  # fmt: skip
 _NEXT = {"start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",), "tool call": ("tool",),
@@ -65,15 +65,10 @@ class Conversation:
     tools: Tools = ()
 
 
-def read_conversations(url: str, *, on_bad: Callable[[str, BadInput], None]) -> Iterator[Conversation]:
-    """Yields the conversations of a source URL (data/sources.py); `on_bad` as in `read_rows`."""
-    return read_rows(url, parse_conversation, on_bad)
-
-
 def read_rows(url: str, parse: Callable[[Any, str], _Row], on_bad: Callable[[str, BadInput], None]) -> Iterator[_Row]:
-    """Yields what `parse(record, where)` makes of each row of `url`. A bad row goes to `on_bad(where, mistake)`, which can raise it to stop.
+    """Yields what `parse(record, where)` makes of each row of a source URL (data/sources.py).
 
-    Raises `BadInput` for a source that cannot be read, or not to its end.
+    A bad row goes to `on_bad(where, mistake)`, which can raise it to stop. Raises `BadInput` for a source that cannot be read, or not to its end.
     """
     for where, record in read_records(url, strict=False):
         try:
@@ -111,7 +106,7 @@ def open_row(record: Any) -> tuple[dict[str, Any], tuple[Message, ...], Tools]:
 
 def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tuple[tuple[Message, ...], Tools]:
     """A list in OpenAI's or ShareGPT's form as messages after `system`, each found good and in its place; `tools`, or those in its system message."""
-    messages = list(system)
+    messages, due = list(system), []  # ids of the calls whose results come next
     role = previous = "start"
     for number, turn in enumerate(_typed(turns, list, "the field with the messages"), 1):
         with naming(f"message {number}"):
@@ -121,6 +116,9 @@ def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tup
                 raise BadInput(f"unknown role {reprlib.repr(turn.get('role', turn.get('from')))}: known are {', '.join(_ROLES)}")
             if role not in _NEXT[previous]:
                 raise BadInput(f"{role} after {previous}, where {' or '.join(_NEXT[previous])} is expected: reorder, join or remove messages")
+            if role == "tool" and due and (wanted := due.pop(0)) != (given := turn.get("tool_call_id", wanted)):
+                given, wanted = reprlib.repr(given), reprlib.repr(wanted)
+                raise BadInput(f"`tool_call_id` is {given}, where the result of {wanted} is due: order results as their calls")
             if "value" not in turn:
                 messages.append(_assistant(turn, "content", tools) if role == "assistant" else Message(role, _text(turn, "content")))
             elif role == "system" and (listed := _TOOLS.search(_text(turn, "value"))):
@@ -130,6 +128,8 @@ def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tup
             else:
                 messages += _read_sharegpt(turn, role, tools)
             previous = "tool call" if messages and messages[-1].tool_calls else role
+            if previous == "tool call":
+                due = [call["id"] for call in turn.get("tool_calls", ()) if call.get("id") is not None]
     if all(message.role != "assistant" for message in messages):
         raise BadInput("no message is the assistant's: there is nothing to learn, remove the row")
     if role != "assistant":
@@ -197,6 +197,8 @@ def _assistant(turn: dict[str, Any], key: str, tools: Tools = ()) -> Message:
         raise BadInput(f"`weight` is {reprlib.repr(turn['weight'])}, where every answer counts 1: end the conversation before it, or remove `weight`")
     calls = tuple(_tool_call(call, tools) for call in _typed(turn.get("tool_calls", []), list, "`tool_calls`"))
     content = _text(turn, key, required=not calls)
+    if _TOOL_CALL.fullmatch(content.strip()):
+        raise BadInput(f"`{key}` is a <tool_call>, which would be learnt as text: write it as `tool_calls`, or the row in ShareGPT's form")
     thought = _text(turn, "thought", required=False) or _text(turn, "reasoning_content", required=False)
     if not thought and (match := _THINK.fullmatch(content)):
         thought, content = match[1].strip(), _text({key: match[2]}, key, required=not calls)

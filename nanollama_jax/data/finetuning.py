@@ -22,7 +22,7 @@ from nanollama_jax.data import chat
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, totals, verify_shards
-from nanollama_jax.data.sources import about_files
+from nanollama_jax.data.sources import about_source, matched_files
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, whole_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
@@ -42,7 +42,9 @@ def prepare(
         raise BadInput(f"{name}: kind={kind!r} and bad_rows={bad_rows!r}: choose conversations or preferences, and stop or skip")
     out_dir = Path(out_dir)
     settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
-    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"} | about_files(url)
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"} | about_source(url)
+    if files := matched_files(url):  # small enough to be read: an answer can be mended without a change of size
+        settings["files_sha256"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
         check_same_inputs(out_dir, manifest, settings)
@@ -56,7 +58,7 @@ def prepare(
 
         def on_bad(where: str, mistake: BadInput) -> None:
             if bad_rows == "stop":
-                raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; {name}.bad_rows=skip leaves them out)")
+                raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; --config.tuning.{name}.bad_rows=skip leaves them out)")
             left_out["bad"].append(str(mistake))
 
         records = read_rows(url, lambda record, where: (where, *_record(KINDS[kind](record, where), tokenizer)), on_bad)
@@ -103,7 +105,8 @@ def _encoded(messages: Sequence[Any], row: Conversation | Preference, tokenizer:
 def extend_tokenizer(config: ConfigDict) -> Tokenizer:
     """The tokenizer at `config.tokenizer.path`, made of `config.tokenizer.base` where there is none. Raises BadInput if it is not that one's."""
     base, path = Tokenizer(config.tokenizer.base), Path(config.tokenizer.path)
-    extended = base.extended()
+    with naming(f"tokenizer.base={config.tokenizer.base}"):
+        extended = base.extended()
     if not path.exists():
         with whole_file(path) as file:
             file.write(extended)

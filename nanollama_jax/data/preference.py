@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from nanollama_jax.data.conversations import Conversation, Message, naming, open_row, parse_conversation, parse_messages, present, read_rows, role_of
@@ -35,11 +35,6 @@ class Preference:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
-
-
-def read_preferences(url: str, *, on_bad: Callable[[str, BadInput], None]) -> Iterator[Preference]:
-    """Yields the preference pairs of a source URL (data/sources.py); `on_bad` as in `read_rows`."""
-    return read_rows(url, parse_preference, on_bad)
 
 
 def parse_preference(record: Any, where: str) -> Preference:

@@ -24,7 +24,7 @@ from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, split_shards, totals, verify_shards
-from nanollama_jax.data.sources import about_files, batched, read_documents, useful_ranks
+from nanollama_jax.data.sources import about_source, batched, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, write_json
 from nanollama_jax.tokenizer import Tokenizer, train
@@ -141,7 +141,7 @@ def prepare_source(
         load_left_out(leave_out, url)  # a report that cannot be used is refused here
     inputs |= {"leave_out_sha256": hashlib.sha256(Path(leave_out).read_bytes()).hexdigest() if leave_out else ""}
     inputs |= {"benchmarks": benchmarks} | ({"contaminated": contaminated} if benchmarks else {})
-    inputs |= about_files(url)
+    inputs |= about_source(url)
     if (out_dir / MANIFEST).exists():
         manifest = load_manifest(out_dir)
         check_same_inputs(out_dir, manifest, inputs)

@@ -96,24 +96,22 @@ def _thought(task: str, entry: dict[str, Any], answer: str) -> str:
 
 
 def _chain_sum(metadata: dict[str, Any], answer: str) -> list[str]:
+    """Sums from left to right, the last with `answer`."""
     total, *rest = metadata["expression"].split()
     lines = []
     for sign, term in zip(rest[::2], rest[1::2]):
         after = int(total) + int(term) if sign == "+" else int(total) - int(term)
         lines.append(f"{total} {sign} {term} = {after}")
         total = str(after)
-    return _ending(lines, answer)
+    return [*lines[:-1], f"{lines[-1].rpartition(' = ')[0]} = {answer}"]
 
 
 def _leg_counting(metadata: dict[str, Any], answer: str) -> list[str]:
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    lines = [f"{animal}: {count} * {ANIMALS[animal]} = {count * ANIMALS[animal]}" for animal, count in metadata["animals"].items()]
-    total, *rest = [count * ANIMALS[animal] for animal, count in metadata["animals"].items()]
-    for legs in rest:
-        lines.append(f"{total} + {legs} = {total + legs}")
-        total += legs
-    return _ending(lines, answer)
+    legs = {animal: count * ANIMALS[animal] for animal, count in metadata["animals"].items()}
+    lines = [f"{animal}: {count} * {ANIMALS[animal]} = {legs[animal]}" for animal, count in metadata["animals"].items()]
+    return lines + _chain_sum({"expression": " + ".join(map(str, legs.values()))}, answer)
 
 
 def _gcd(metadata: dict[str, Any], answer: str) -> list[str]:
@@ -141,11 +139,6 @@ def _number_filtering(metadata: dict[str, Any], answer: str) -> list[str]:
         sign = "<" if int(number) < int(limit) else ">" if int(number) > int(limit) else "="
         lines.append(f"{number} {sign} {limit}: {'keep' if number in metadata['result'] else 'remove'}")
     return [*lines, answer]
-
-
-def _ending(lines: list[str], answer: str) -> list[str]:
-    """Lines whose last sum is `answer`."""
-    return [*lines[:-1], f"{lines[-1].rpartition(' = ')[0]} = {answer}"]
 
 
 _STEPS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {

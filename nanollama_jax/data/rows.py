@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from nanollama_jax.data.finetuning import SAID
-from nanollama_jax.data.pipeline import Batch, Source, check_weights, own_seed
+from nanollama_jax.data.pipeline import Batch, Source, own_seed
 from nanollama_jax.data.shards import split_shards
 from nanollama_jax.errors import BadInput
 
@@ -108,9 +108,8 @@ class Rows:
             yield {name: np.stack([row[name] for row in rows]) for name in empty}
 
 
-def train_batches(rows: Mapping[str, Rows], sources: Mapping[str, Source], weights: Mapping[str, float], *, batch_size: int, seed: int):
+def train_batches(rows: Mapping[str, Rows], weights: Mapping[str, float], *, batch_size: int, seed: int):
     """Endless global batches of the sources in `weights`, which are shares of rows. A grain.IterDataset: iterators have get_state and set_state."""
-    check_weights(sources, weights)
     shuffled = {
         name: grain.MapDataset.source(rows[name]).seed(own_seed(seed, name)).shuffle().repeat().to_iter_dataset(grain.ReadOptions(num_threads=1))
         for name in sorted(weights)

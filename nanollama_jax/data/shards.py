@@ -97,7 +97,7 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
 def check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now."""
     for key, value in new.items():
-        if key == "file_sizes":
+        if key in ("file_sizes", "files_sha256"):
             if old.get(key, value) != value:
                 mended = f"; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
                 raise BadInput(
@@ -110,6 +110,8 @@ def check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -
                 f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
                 f"{value['count']} now): remove {out_dir} and prepare it again, or choose another data.dir"
             )
+        if key == "rows_sha256" and old.get(key) != value:
+            raise BadInput(f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: remove it, or choose another data.dir")
         if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
             raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
 

@@ -22,6 +22,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -105,11 +106,15 @@ def matched_files(url: str) -> list[str] | None:
     return _match(path) if scheme == "file" else None
 
 
-def about_files(url: str) -> dict[str, Any]:
-    """What of a file:// URL must be the same where its preparation is gone on with, or not done again; empty for other schemes.
+def about_source(url: str) -> dict[str, Any]:
+    """What of a source must be the same where its preparation is gone on with, or not done again: a file:// URL's files, the first rows of what is
+    made to order, which another version may make otherwise. Empty for others.
 
     Documents are dealt by the files' order and by their lines: with others, what finished ranks hold would be read twice, or never.
     """
+    scheme, path, _ = _parse(url)
+    if scheme == "builtin" and path in _GENERATED:
+        return {"rows_sha256": hashlib.sha256(json.dumps(list(itertools.islice(read_records(url), 100))).encode()).hexdigest()}
     if (files := matched_files(url)) is None:
         return {}
     names = "\0".join(files).encode(errors="surrogateescape")

@@ -12,6 +12,7 @@ from nanollama_jax.data import chat, reasoning, tool_conversations
 from nanollama_jax.data.conversations import Message, ToolCall, parse_conversation
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import tool_call
+from nanollama_jax.tokenizer import TOOL_CALL
 
 MAX_NEW_TOKENS = 200
 
@@ -19,7 +20,7 @@ MAX_NEW_TOKENS = 200
 class Verdict(NamedTuple):
     kind: str  # a task of reasoning.TASKS, or a kind of tool conversation
     right: bool
-    valid: bool  # of a call: JSON, of an offered tool, with arguments of its schema
+    valid: bool | None  # of a call: JSON, of an offered tool, with arguments of its schema; None of other answers
     question: str
     reply: Message
 
@@ -31,7 +32,7 @@ def reasoning_questions(engine: Engine, count: int) -> Iterator[Verdict]:
     for index, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS):
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         right = completion.finish_reason == "stop" and reasoning.check("test", index, reply.content)
-        yield Verdict(reasoning.TASKS[index % len(reasoning.TASKS)], right, True, rows[index]["question"], reply)
+        yield Verdict(reasoning.TASKS[index % len(reasoning.TASKS)], right, None, rows[index]["question"], reply)
 
 
 def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
@@ -57,15 +58,30 @@ def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
         yield Verdict(row["kind"], right, valid, messages[-1].content, reply)
 
 
+def tool_turns(engine: Engine, count: int) -> Iterator[Verdict]:
+    """The assistant's first message in each of `count` conversations of the test split, without a grammar: right if its calls are the expected ones,
+    all of them, and if it makes none where none is due, as no tool fits or something is missing."""
+    rows = [tool_conversations.conversations("test", index) for index in range(count)]
+    conversations = [parse_conversation(row, f"tools/test:{index + 1}") for index, row in enumerate(rows)]
+    prompts = [chat.encode_prompt(conversation.messages[:1], engine.tokenizer, conversation.tools) for conversation in conversations]
+    for at, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS):
+        asked, expected, *_ = conversations[at].messages
+        reply = chat.parse_reply(completion.tokens, engine.tokenizer)
+        whole = completion.finish_reason == "stop" and list(completion.tokens).count(engine.tokenizer.control_id(TOOL_CALL)) == len(reply.tool_calls)
+        yield Verdict(rows[at]["kind"], whole and reply.tool_calls == expected.tool_calls, None, asked.content, reply)
+
+
 def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """By kind, and over "all": how many, the share that is right, and the share that is valid."""
+    """By kind, and over "all": how many, the share that is right, and of calls the share that is valid."""
     groups = collections.defaultdict(list)
     for verdict in verdicts:
         groups[verdict.kind].append(verdict)
-    return {
-        kind: {"count": len(group), "right": sum(v.right for v in group) / len(group), "valid": sum(v.valid for v in group) / len(group)}
-        for kind, group in (*sorted(groups.items()), ("all", verdicts))
-    }
+    found = {}
+    for kind, group in (*sorted(groups.items()), ("all", verdicts)):
+        found[kind] = {"count": len(group), "right": sum(verdict.right for verdict in group) / len(group)}
+        if group[0].valid is not None:
+            found[kind]["valid"] = sum(verdict.valid for verdict in group) / len(group)
+    return found
 
 
 def _fits(call: ToolCall, tools: list[dict[str, Any]]) -> bool:

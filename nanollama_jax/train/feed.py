@@ -19,7 +19,7 @@ class Feed:
     sources: dict[str, Source]  # of training and validation
     batches: Any  # a Grain iterator
     validation: dict[str, list[Batch]]
-    rows: list[rows.Rows]  # of conversations or pairs: all that are read, the pairs numbered through
+    rows: list[rows.Rows]  # sft, dpo: of every source and split; DPO's pairs are numbered across all
 
 
 def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
@@ -48,7 +48,7 @@ def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
     for name in shares:
         found = opened[name, "train"]
         log.info("%s: %s: %d %s in %d rows, %.0f %% full", config.name, name, len(found.units), KINDS[config.task], len(found), 100 * found.fill)
-    batches = rows.train_batches({name: opened[name, "train"] for name in shares}, sources, shares, **of_step)
+    batches = rows.train_batches({name: opened[name, "train"] for name in shares}, shares, **of_step)
     if empty := [name for name in validated if not len(opened[name, "validation"])]:
         raise BadInput(f"source {empty[0]!r} has no validation rows: raise data.tuning_validation_fraction and prepare it again")
     validation = {name: list(opened[name, "validation"].batches(**of_validation)) for name in validated}

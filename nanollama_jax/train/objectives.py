@@ -23,9 +23,8 @@ def next_token(
     """The summed loss to differentiate, and the sums behind it: `loss` (cross-entropy), `z` and `weight`, the learnt tokens; and
     `merged_in_attention`, documents that attention could not keep apart. `batch` is as in data/pipeline.py."""
     hidden_BTD = Llama(model).apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta)
-    total, ce, z, weight = cross_entropy(
-        hidden_BTD, params["head"]["kernel"], batch["targets"], batch["loss_weights"].astype(jnp.float32), z_loss, chunk_tokens
-    )
+    head_DV = params["head"]["kernel"]
+    total, ce, z, weight = cross_entropy(hidden_BTD, head_DV, batch["targets"], batch["loss_weights"], z_loss, chunk_tokens)
     merged = merged_documents(batch["segment_ids"], model)
     return total, {"loss": ce, "z": z, "weight": weight, "learnt_tokens": weight, "merged_in_attention": merged}
 

@@ -59,7 +59,8 @@ def check_start_of_tuning(workdir: pathlib.Path, step: int, config: ConfigDict, 
         model = dataclasses.replace(model, vocab_size=base.vocab_size)
         tokenizer_sha256 = base.sha256
     elif metadata["model"]["vocab_size"] != model.vocab_size:
-        raise BadInput(f"init_from={workdir}: its tokenizer has no chat tokens: fine-tune it first (configs/sft.py)")
+        was = f"init_from={workdir}: its vocabulary has {metadata['model']['vocab_size']} tokens"
+        raise BadInput(f"{was}, not {model.vocab_size} with those of chats: name an SFT run of this scale (configs/sft.py)")
     check_same(workdir, step, model, {"tokenizer_sha256": tokenizer_sha256}, weights_only=True)
     if metadata["rope_theta"] != config.rope.end_theta or config.rope.start_theta != config.rope.end_theta:
         theta = repr(metadata["rope_theta"])

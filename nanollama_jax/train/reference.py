@@ -29,7 +29,7 @@ FILE = "reference.npz"
 
 
 class Reference:
-    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `weights`, the fingerprint, is kept in checkpoints."""
+    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `weights`, a fingerprint of the model's, is kept in checkpoints."""
 
     def __init__(self, logprobs: np.ndarray, weights: str):
         self.logprobs, self.weights = logprobs, weights  # (pairs, 2) float32: chosen, rejected

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanollama_jax import checkpoint
 from nanollama_jax.data import chat
-from nanollama_jax.data.conversations import Message, ToolCall, read_conversations
+from nanollama_jax.data.conversations import Message, ToolCall, parse_conversation, read_rows
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf
 from nanollama_jax.export.compare import LlamaCpp
@@ -69,7 +69,8 @@ def wrapped(tools) -> list[dict] | None:
 
 
 def conversations(shared_data) -> list:
-    rows = [row for url in ("chat_oasst", "math_cot_gsm8k") for row in read_conversations(f"file://{shared_data}/sft/{url}.jsonl", on_bad=None)]
+    urls = [f"file://{shared_data}/sft/{name}.jsonl" for name in ("chat_oasst", "math_cot_gsm8k")]
+    rows = [row for url in urls for row in read_rows(url, parse_conversation, on_bad=None)]
     # Mistral's pieces for runs of spaces: of 20, SentencePiece and llama.cpp make 16 + 4, transformers' own merging 14 + 6, chat or not.
     return [row for row in rows if not row.where.endswith("chat_oasst.jsonl:68")]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollama_jax.data.conversations import FORMATS, Conversation, Message, ToolCall, parse_conversation, parse_tools, read_conversations
+from nanollama_jax.data.conversations import FORMATS, Conversation, Message, ToolCall, parse_conversation, parse_tools, read_rows
 from nanollama_jax.data.preference import parse_preference, parse_row
 from nanollama_jax.errors import BadInput
 
@@ -84,6 +84,13 @@ def test_tool_calls_as_openai_writes_them():
     assert parse_conversation(TOOL_USE, "x:1") == Conversation("x:1", (Message("user", "2 + 2?"), called, *done), (ADD,))
     for tools in (json.dumps([ADD]), [ADD], [{"type": "function", "function": ADD | {"strict": None}}]):
         assert parse_conversation(TOOL_USE | {"tools": tools}, "x:1").tools == (ADD,)
+    other = changed(CALLED, "2", "tool_calls", 0, "id")["tool_calls"]
+    swapped = [USER, CALLED | {"tool_calls": CALLED["tool_calls"] + other}, RESULT | {"tool_call_id": "2"}, RESULT, ANSWER]
+    assert "message 3: `tool_call_id` is '2', where the result of '1' is due: order" in mistake(TOOL_USE | {"messages": swapped})
+    swapped[2:4] = swapped[3:1:-1]
+    assert len(messages(TOOL_USE | {"messages": swapped})) == 5
+    tagged = ANSWER | {"content": '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>\n'}
+    assert "message 2: `content` is a <tool_call>, which would be learnt as text" in mistake(TOOL_USE | {"messages": [USER, tagged]})
     bare = changed(TOOL_USE, [{"name": "add", "arguments": {"a": 2}}], "messages", 1, "tool_calls")
     assert parse_conversation(bare, "x:1") == parse_conversation(TOOL_USE, "x:1")
     twice = CALLED | {"tool_calls": CALLED["tool_calls"] * 2}
@@ -341,7 +348,7 @@ def test_files_and_what_is_bad_in_them(tmp_path):
     lines = [json.dumps(SHAREGPT), "{", "", json.dumps(chat(USER)), "[]", json.dumps(TOOL_USE)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     bad = []
-    rows = list(read_conversations(f"file://{tmp_path}/a.jsonl", on_bad=lambda where, error: bad.append((where, str(error)))))
+    rows = list(read_rows(f"file://{tmp_path}/a.jsonl", parse_conversation, on_bad=lambda where, error: bad.append((where, str(error)))))
     assert [row.where for row in rows] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:6"]
     assert [where.rpartition(":")[2] for where, _ in bad] == ["2", "4", "5"] and all(error.startswith(f"{where}: ") for where, error in bad)
     assert "malformed JSON" in bad[0][1] and "nothing to learn" in bad[1][1] and "not a list" in bad[2][1]
@@ -349,7 +356,7 @@ def test_files_and_what_is_bad_in_them(tmp_path):
     def stop(where, error):
         raise error
 
-    rows = read_conversations(f"file://{tmp_path}/a.jsonl", on_bad=stop)
+    rows = read_rows(f"file://{tmp_path}/a.jsonl", parse_conversation, on_bad=stop)
     assert next(rows).where.endswith(":1")
     with pytest.raises(BadInput, match=r"a.jsonl:2: malformed"):
         next(rows)
@@ -358,7 +365,7 @@ def test_files_and_what_is_bad_in_them(tmp_path):
 def test_parquet_fills_with_nulls_what_a_row_does_not_have(tmp_path):
     rows = [TOOL_USE | {"question": None, "answer": None}, {"question": "2 + 2?", "answer": "4"}]
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = list(read_conversations(f"file://{tmp_path}/a.parquet", on_bad=lambda where, error: pytest.fail(str(error))))
+    found = list(read_rows(f"file://{tmp_path}/a.parquet", parse_conversation, on_bad=lambda where, error: pytest.fail(str(error))))
     assert [row.messages for row in found] == [parse_conversation(row, "").messages for row in rows]
 
 
@@ -372,19 +379,20 @@ def test_nor_do_calls_learn_each_other_s_arguments(tmp_path, hub):
     rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": tools} for call in calls]
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
     url = f"hf://{tmp_path}" if hub else f"file://{tmp_path}/*.parquet"
-    found = list(read_conversations(url, on_bad=lambda where, error: pytest.fail(str(error))))
+    found = list(read_rows(url, parse_conversation, on_bad=lambda where, error: pytest.fail(str(error))))
     assert [(row.messages[1].tool_calls[0].arguments, row.tools) for row in found] == [(call["arguments"], tuple(tools)) for call in calls]
 
 
 @pytest.mark.parametrize(("name", "rows", "turns"), [("chat_oasst", 100, 284), ("math_cot_gsm8k", 4000, 8000), ("reasoning_cot_flan", 6000, 12000)])
 def test_real_conversations(shared_data, name, rows, turns):
     url = f"file://{shared_data}/sft/{name}.jsonl"
-    found = list(read_conversations(url, on_bad=lambda where, error: pytest.fail(str(error))))
+    found = list(read_rows(url, parse_conversation, on_bad=lambda where, error: pytest.fail(str(error))))
     assert (len(found), sum(len(row.messages) for row in found)) == (rows, turns)
     assert name == "chat_oasst" or all(row.messages[1].thought for row in found)
 
 
 def test_descriptions_of_apis_are_no_conversations(shared_data):
     bad = []
-    assert not list(read_conversations(f"file://{shared_data}/sft/tool_toolalpaca_apis.jsonl", on_bad=lambda where, error: bad.append(str(error))))
+    url = f"file://{shared_data}/sft/tool_toolalpaca_apis.jsonl"
+    assert not list(read_rows(url, parse_conversation, on_bad=lambda where, error: bad.append(str(error))))
     assert len(bad) == 21 and all(f":{number}: unknown format, with keys ['Name', 'Description', " in line for number, line in enumerate(bad, 1))

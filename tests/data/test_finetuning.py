@@ -6,9 +6,9 @@ import json
 import pytest
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data import chat, finetuning, pipeline, rows
-from nanollama_jax.data.conversations import read_conversations
-from nanollama_jax.data.preference import read_preferences
+from nanollama_jax.data import chat, finetuning, pipeline, rows, sources
+from nanollama_jax.data.conversations import parse_conversation, read_rows
+from nanollama_jax.data.preference import parse_preference
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked
 from nanollama_jax.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
     manifest = finetuning.prepare(
         "chats", url, "Apache-2.0", "conversations", "stop", out_dir=tmp_path / "chats", tokenizer=tokenizer, max_tokens=1024, validation_fraction=0.2
     )
-    expected = [chat.encode(row.messages, tokenizer) for row in read_conversations(url, on_bad=None)]
+    expected = [chat.encode(row.messages, tokenizer) for row in read_rows(url, parse_conversation, on_bad=None)]
     fitting = sorted(e.ids.tolist() for e in expected if len(e.ids) <= 1024)
     found = [unit[0] for split in ("train", "validation") for unit in opened(tmp_path, tokenizer, "conversations", split).units]
     assert sorted((unit & ~finetuning.SAID).tolist() for unit in found) == fitting and len(fitting) > 50
@@ -57,7 +57,7 @@ def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
 
 def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path):
     url = f"file://{shared_data}/preference/oasst.jsonl"
-    pairs = list(read_preferences(url, on_bad=None))
+    pairs = list(read_rows(url, parse_preference, on_bad=None))
     finetuning.prepare(
         "chats", url, "-", "preferences", "stop", out_dir=tmp_path / "chats", tokenizer=tokenizer, max_tokens=4096, validation_fraction=0
     )
@@ -91,7 +91,8 @@ def test_a_bad_row_is_named(tokenizer, tmp_path, mistake):
     with pytest.raises(BadInput) as caught:
         prepare(tmp_path, tokenizer, made, kind="preferences" if pairs else "conversations")
     said = str(caught.value)
-    assert said.startswith(f"{tmp_path}/rows.jsonl:2: ") and mistake in said and "check_finetuning_data" in said
+    assert said.startswith(f"{tmp_path}/rows.jsonl:2: ") and mistake in said
+    assert "check_finetuning_data.py lists all bad rows; --config.tuning.chats.bad_rows=skip leaves" in said
     assert not (tmp_path / "chats" / "manifest.json").exists()
 
 
@@ -117,11 +118,23 @@ def test_prepared_again(tokenizer, tmp_path):
         rows.Rows.of(source, "train", seq_len=64, max_segments=8)
     with pytest.raises(BadInput, match=r"rows.jsonl were changed since .*prepare\s+it again$"):
         prepare(tmp_path, tokenizer, [GOOD] * 4)
+    with pytest.raises(BadInput, match="rows.jsonl were changed since"):
+        prepare(tmp_path, tokenizer, [GOOD] * 2 + [json.loads(json.dumps(GOOD).replace('"b"', '"a"'))])
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
     with pytest.raises(BadInput, match="its checksum differs"):
         prepare(tmp_path, tokenizer, [GOOD] * 3)
+
+
+def test_made_rows_of_another_version_are_refused(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sources._GENERATED, "tools", lambda split, index: GOOD)
+    url = "builtin://tools?rows=7"
+    first = prepare(tmp_path, tokenizer, [], url=url)
+    assert first["splits"]["train"]["documents"] == 7 and prepare(tmp_path, tokenizer, [], url=url) == first
+    monkeypatch.setitem(sources._GENERATED, "tools", lambda split, index: GOOD if index < 6 else GOOD | {"kind": "none"})
+    with pytest.raises(BadInput, match=r"chats was prepared when builtin://tools\?rows=7 gave other rows, or that was not noted"):
+        prepare(tmp_path, tokenizer, [], url=url)
 
 
 def test_prepared_by_one_process_at_a_time(tokenizer, tmp_path):

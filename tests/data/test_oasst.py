@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from nanollama_jax.data.conversations import parse_conversation, read_conversations
+from nanollama_jax.data.conversations import parse_conversation, read_rows
 from nanollama_jax.data.oasst import conversations
 from nanollama_jax.data.sources import read_documents, read_records
 from nanollama_jax.errors import BadInput
@@ -153,17 +153,17 @@ def test_jsonl_parquet_and_the_hubs_layout_give_the_same(tmp_path):
     hub = f"hf://{tmp_path}/hub"
     urls = [f"{hub}?split=train", f"file://{folder}/train-*.parquet?text=text", f"file://{tmp_path}/messages.jsonl?text=text"]
     for url in urls:
-        read = list(read_conversations(f"{url}&tree=oasst&lang=en", on_bad=None))
+        read = list(read_rows(f"{url}&tree=oasst&lang=en", parse_conversation, on_bad=None))
         assert [[message.content for message in each.messages] for each in read] == ENGLISH
-    assert [each.where for each in read_conversations(f"{urls[0]}&tree=oasst&lang=de", on_bad=None)] == [f"{hub}/train/1:11"]
-    assert [each.where for each in read_conversations(f"{hub}?split=validation&tree=oasst", on_bad=None)] == [f"{hub}/validation/0:2"]
+    assert [each.where for each in read_rows(f"{urls[0]}&tree=oasst&lang=de", parse_conversation, on_bad=None)] == [f"{hub}/train/1:11"]
+    assert [each.where for each in read_rows(f"{hub}?split=validation&tree=oasst", parse_conversation, on_bad=None)] == [f"{hub}/validation/0:2"]
     assert len(list(read_records(f"{urls[1]}&tree=oasst", columns=["text"]))) == 4
 
 
 def test_strict_reading_stops_at_a_bad_row_and_other_reading_goes_on(tmp_path):
     url = write_jsonl(tmp_path / "a.jsonl", [row("a"), row("ab", "a"), row("b"), row("acd", "ac"), row("bc", "b")])
     bad = []
-    read = list(read_conversations(url, on_bad=lambda where, mistake: bad.append((where, str(mistake)))))
+    read = list(read_rows(url, parse_conversation, on_bad=lambda where, mistake: bad.append((where, str(mistake)))))
     assert [each.where for each in read] == [f"{tmp_path}/a.jsonl:2", f"{tmp_path}/a.jsonl:5"]
     assert [where for where, _ in bad] == [f"{tmp_path}/a.jsonl:4"] and "tree 'a' comes back" in bad[0][1]
     with pytest.raises(BadInput, match=r"a.jsonl:4: tree 'a' comes back"):

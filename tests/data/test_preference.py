@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from nanollama_jax.data.conversations import Conversation, Message
-from nanollama_jax.data.preference import Preference, check, parse_preference, parse_row, read_preferences
+from nanollama_jax.data.conversations import Conversation, Message, read_rows
+from nanollama_jax.data.preference import Preference, check, parse_preference, parse_row
 from nanollama_jax.errors import BadInput
 from tests.conftest import ROOT
 from tests.data.test_conversations import ADD, ANSWER, CALLED, RESULT, SYSTEM, TOOL_USE, USER, mistake
@@ -148,7 +148,7 @@ def test_mistakes_of_a_kind():
 )
 def test_real_pairs(shared_data, name, rows, equal, empty):
     path, bad = shared_data / f"preference/{name}.jsonl", {}
-    found = list(read_preferences(f"file://{path}", on_bad=lambda where, error: bad.update({int(where.rpartition(":")[2]): str(error)})))
+    found = list(read_rows(f"file://{path}", parse_preference, on_bad=lambda where, error: bad.update({int(where.rpartition(":")[2]): str(error)})))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == rows == len(found) + len(bad) and sorted(bad) == sorted(equal + empty)
     assert all("equals" in bad[number] and lines[number - 1]["chosen"] == lines[number - 1]["rejected"] for number in equal)

@@ -139,8 +139,7 @@ def stream(seed: int = 0):
     for name, first, count in (("few", 1000, 7), ("many", 2000, 23)):  # ids tell the source and the unit
         units = [[[(first + number, False)] + [(first + number, True)] * int(length)] for number, length in enumerate(rng.integers(3, 9, count))]
         made[name] = rows_of(units, 10, 4)
-    sources = {name: Source(name, None, {"splits": {"train": {"tokens": 1}}}) for name in made}
-    return made, train_batches(made, sources, {"few": 0.25, "many": 0.75}, batch_size=4, seed=seed)
+    return made, train_batches(made, {"few": 0.25, "many": 0.75}, batch_size=4, seed=seed)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 13])

@@ -53,7 +53,7 @@ def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
 
     assert "starts from a trained model: say from which run" in refused("sft", "")
     assert "already extended for chat: SFT starts from a base model's checkpoint" in refused("sft", "sft")
-    assert "its tokenizer has no chat tokens: fine-tune it first" in refused("dpo", "phase3")
+    assert "with those of chats: name an SFT run of this scale" in refused("dpo", "phase3")
     assert "was trained up to rope theta 10000.0: set rope.start_theta=10000.0" in refused("sft", "phase1")
     assert "the vocabulary is already extended" in refused("sft", "phase3", f"--config.tokenizer.base={lab.root}/tokenizer_chat.model")
     assert "conversations of a row would see each other" in refused("sft", "phase3", "--config.model.document_mask=False")

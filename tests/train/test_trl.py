@@ -18,7 +18,7 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import finetuning, pipeline, reasoning, tool_conversations
 from nanollama_jax.data.conversations import parse_conversation, read_rows
-from nanollama_jax.data.preference import read_preferences
+from nanollama_jax.data.preference import parse_preference
 from nanollama_jax.data.rows import Rows
 from nanollama_jax.export import hf
 from nanollama_jax.model import ModelConfig
@@ -207,7 +207,7 @@ def pairs(shared_data, models, tmp_path_factory) -> Pairs:
     records = dialogues + [record for record, row in oasst if len(row.prompt) == 1][:4] + [record for record, _ in ultrafeedback]
     records = records[:ROWS]
     url = write_rows(folder / "rows.jsonl", records)
-    rows = list(read_preferences(url, on_bad=None))
+    rows = list(read_rows(url, parse_preference, on_bad=None))
     assert len(rows) == ROWS and max(len(row.prompt) for row in rows) >= 3
     theirs = [{name: as_openai(getattr(row, name)) for name in ("prompt", "chosen", "rejected")} for row in rows]
     return Pairs(prepared(url, "preferences", models.tokenizer, folder), datasets.Dataset.from_list(theirs))
