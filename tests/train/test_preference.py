@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from nanollama_jax import sharding
 from nanollama_jax.data.finetuning import SAID
 from nanollama_jax.data.rows import Rows
 from nanollama_jax.train import objectives, optimizer, reference, step
+from nanollama_jax.train.feed import Feed
 from nanollama_jax.train.losses import preference_loss, token_logprobs
 from tests.model.oracle import random_params
 from tests.train.test_step import ADAMW, TINY
@@ -114,6 +116,21 @@ def pairs_with_reference() -> dict[str, np.ndarray]:
     learnt = np.array([[sum(ids >> 31) for ids in unit] for unit in rows.units], np.float64)  # a uint32 has no minus
     drawn = -learnt * np.random.default_rng(3).uniform(3, 8, learnt.shape)
     return reference.Reference(drawn.astype(np.float32), "").attach(batch)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 2), (2, 1)])
+def test_the_reference_is_the_same_on_two_devices(data, fsdp, tmp_path):
+    """Of two batches, the second filled up; the weights are recognised however they are laid out."""
+    about = dict(name="dpo", init_from="", batch_size=6, accumulation=1, data=dict(max_segments=SEGMENTS), loss=dict(chunk_tokens=CHUNK))
+    feed, start, found = Feed({}, None, {}, [pair_rows()]), params(), []
+    for folder, shape in (("one", (1, 1)), ("two", (data, fsdp))):
+        (tmp_path / folder).mkdir()
+        mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+        with sharding.use_mesh(mesh):
+            laid_out = functools.partial(jax.device_put, start, state_on(mesh, start)[1].params)
+            found.append(reference.open_reference(ConfigDict(about), tmp_path / folder, feed, None, laid_out, MODEL, float(THETA), mesh))
+    assert found[0].weights == found[1].weights and found[0].logprobs.shape == (sum(PAIRS), 2) and (found[0].logprobs < 0).all()
+    np.testing.assert_allclose(*(each.logprobs for each in found), rtol=1e-5)
 
 
 OBJECTIVES = {
