@@ -30,6 +30,7 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import CHAT_TOKENS, THOUGHT_END, THOUGHT_START, TOOL_CALL, TOOL_RESPONSE, TURN_END, TURN_START, Tokenizer
 
 _ANSWER = "assistant\n"
+BLANK = " \t\n\r"  # left out around what the assistant says; of other whitespace, every Jinja has its own idea
 
 
 class Stretch(NamedTuple):
@@ -60,14 +61,14 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
         elif not said:
             listed = "\n".join(["Tools:", *map(_json, tools)]) if message.role == "system" and tools else ""
             yield Stretch(f"{message.role}\n" + "\n\n".join(filter(None, (message.content, listed))))
-        elif thought := message.thought.strip():
+        elif thought := message.thought.strip(BLANK):
             yield Stretch(_ANSWER, header=True)
             yield Stretch(THOUGHT_START, special=True, learnt=True)
             yield Stretch(thought, learnt=True)
             yield Stretch(THOUGHT_END, special=True, learnt=True)
-            yield Stretch(message.content.strip(), learnt=True)
+            yield Stretch(message.content.strip(BLANK), learnt=True)
         else:
-            yield Stretch(_ANSWER + message.content.strip(), header=True, learnt=True)
+            yield Stretch(_ANSWER + message.content.strip(BLANK), header=True, learnt=True)
         for call in message.tool_calls:
             yield Stretch(TOOL_CALL, special=True, learnt=True)
             yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learnt=True)
@@ -129,7 +130,7 @@ def parse_reply(ids: Sequence[int], tokenizer: Tokenizer) -> Message:
             break
     else:
         close()
-    return Message("assistant", "".join(content).strip(), thought.strip(), tuple(calls))
+    return Message("assistant", "".join(content).strip(BLANK), thought.strip(BLANK), tuple(calls))
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
