@@ -33,7 +33,7 @@ def test_maps_and_distances_agree_with_transformers(params, bins):
     assert len(edges) <= bins and len(edges) == maps.pooled_LNQS.shape[-1]
     by_key = np.add.reduceat(p_LNTS, edges, axis=3)
     expected = np.stack([by_key[:, :, edge : edge + maps.bin_width].mean(axis=2) for edge in edges], axis=2)
-    np.testing.assert_allclose(maps.pooled_LNQS, expected, atol=2e-6)
+    np.testing.assert_allclose(maps.pooled_LNQS, expected, atol=1e-5)  # each side rounds to 2e-6 of float64
     np.testing.assert_allclose(maps.pooled_LNQS.sum(-1), 1, atol=1e-5)
     assert (p_LNTS[:, :, -1].std(-1) * T > 0.3).all(), "the attention of this model is too flat to tell anything"
 
