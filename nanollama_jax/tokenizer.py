@@ -209,3 +209,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Control ids give nothing; bytes that are no UTF-8 give U+FFFD."""
         return self._processor.decode([int(token) for token in ids])
+
+    def show(self, ids: Sequence[int]) -> str:
+        """`decode` for eyes: control ids give their names, such as "<|im_end|>", as a text that spells one out would."""
+        groups = itertools.groupby(map(int, ids), self._processor.is_control)
+        return "".join("".join(map(self._processor.id_to_piece, some)) if control else self.decode(list(some)) for control, some in groups)

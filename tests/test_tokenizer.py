@@ -9,7 +9,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import TURN_END, TURN_START, Tokenizer
 
 PYTHON = "".join(path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py")))
 # SentencePiece writes a space as U+2581 and so decodes both to a space: the one exception to the round trip.
@@ -58,6 +58,9 @@ def test_control_ids_come_only_when_asked(ours):
     assert not {ours.bos_id, ours.eos_id, 0} & set(plain)
     assert ours.encode("<s>hello</s><unk>", bos=True, eos=True) == [ours.bos_id, *plain, ours.eos_id]
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 600)
+    chat = Tokenizer("chat", ours.extended())
+    ids = [chat.bos_id, chat.control_id(TURN_START), *chat.encode("user\nä </s>"), chat.control_id(TURN_END), chat.control_id(TURN_END)]
+    assert chat.decode(ids) == "user\nä </s>" and chat.show(ids) == "<s><|im_start|>user\nä </s><|im_end|><|im_end|>"
 
 
 def test_indentation_and_line_ends_are_pieces_of_their_own(ours):
