@@ -43,8 +43,8 @@ TUNING = {
 
 _BFCL = "hf://gorilla-llm/Berkeley-Function-Calling-Leaderboard?file=BFCL_v3_"
 
-# Searched for in all text that is prepared (data/decontaminate.py knows their fields by these names); name -> URL, to be replaced by local files
-# with --config.data.benchmarks.gsm8k='file://gsm8k/test.jsonl'
+# Searched for in all text, conversations and pairs that are prepared; name -> URL. data/decontaminate.py knows their fields by these names.
+# Local files: --config.data.benchmarks.gsm8k='file://gsm8k/test.jsonl'
 BENCHMARKS = {
     "mmlu": "hf://cais/mmlu?name=all&split=test",
     "gsm8k": "hf://openai/gsm8k?name=main&split=test",

@@ -30,6 +30,11 @@ def stage_config(config: ConfigDict, name: str, init_from: str) -> ConfigDict:
     return merged
 
 
+def stages_of(config: ConfigDict) -> dict[str, ConfigDict]:
+    """name -> a whole config of each stage, in order; of a single stage's config, that one."""
+    return {name: stage_config(config, name, "") for name in stage_names(config)} if "stages" in config else {config.name: config}
+
+
 def stage_names(config: ConfigDict) -> list[str]:
     return sorted(config.stages, key=lambda name: (TASKS.index(config.stages[name].get("task", "pretrain")), config.stages[name].start_step))
 

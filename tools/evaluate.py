@@ -85,9 +85,8 @@ def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict
         results[task] = verifiable.shares(verdicts)
         print(f"{task}: test split, {how}")
         for kind, found in results[task].items():
-            error = (found["right"] * (1 - found["right"]) / found["count"]) ** 0.5
             valid = f"   valid {found['valid']:6.1%}" if "valid" in found else ""
-            print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {error:.1%}{valid}")
+            print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {found['standard_error']:.1%}{valid}")
     return results
 
 

@@ -17,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from nanollama_jax.curriculum import stage_config, stage_names
+from nanollama_jax.curriculum import stages_of
 from nanollama_jax.data import mix, mix_report
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 from nanollama_jax.tokenizer import Tokenizer
@@ -44,11 +44,11 @@ def picture_paths(out: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path
 def main(_: list[str]) -> None:
     with one_line_errors():
         config = CONFIG.value
-        names = stage_names(config) if "stages" in config else [config.name]
-        if STAGE.value not in (None, *names):
-            raise BadInput(f"--stage={STAGE.value}: this config has {', '.join(names)}")
-        names = [STAGE.value] if STAGE.value else names
-        stages = {name: stage_config(config, name, "") if "stages" in config else config for name in names}
+        stages = stages_of(config)
+        if STAGE.value not in (None, *stages):
+            raise BadInput(f"--stage={STAGE.value}: this config has {', '.join(stages)}")
+        if STAGE.value:
+            stages = {STAGE.value: stages[STAGE.value]}
         names = [name for name, stage in stages.items() if stage.task == "pretrain"]
         if not names:
             raise BadInput(f"{', '.join(stages)} trains on conversations: tools/check_finetuning_data.py reads those")

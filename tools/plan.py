@@ -83,14 +83,14 @@ def main(_: list[str]) -> None:
     settings.apply()
     import rich.console
 
-    from nanollama_jax.curriculum import stage_config, stage_names
+    from nanollama_jax.curriculum import stages_of
 
     with one_line_errors():
         if REMAT.value and not COMPILE.value:
             raise BadInput("--remat goes with --compile: without it all policies are shown")
         console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # of a pipe rich would assume 80
-        for stage in stage_names(CONFIG.value) if "stages" in CONFIG.value else [None]:
-            plan_stage(CONFIG.value if stage is None else stage_config(CONFIG.value, stage, ""), console)
+        for stage in stages_of(CONFIG.value).values():
+            plan_stage(stage, console)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ by: extends the tokenizer with the chat tokens and encodes the conversations or 
     python tools/prepare_data.py --config configs/phase1.py --executor ray    on the cluster that RAY_ADDRESS names
 
 Run again, it goes on where it was stopped, does only what failed, and nothing where there is nothing left to do. What was found of the benchmarks in
-config.data.benchmarks stands in each corpus's contaminated_ids.json. Source URLs: nanollama_jax/data/sources.py.
+config.data.benchmarks stands in each corpus's contaminated_ids.json, and for conversations and pairs in left_out.txt. Source URLs:
+nanollama_jax/data/sources.py.
 """
 
 import pathlib
@@ -42,10 +43,10 @@ def main(_: list[str]) -> None:
         if DRY_RUN.value:
             print_estimates(CONFIG.value)
             return
-        from nanollama_jax.curriculum import stage_config, stage_names  # not at the top: workers import this file, and have no use for jax
+        from nanollama_jax.curriculum import stages_of  # not at the top: workers import this file, and have no use for jax
 
         config = CONFIG.value
-        stages = [stage_config(config, name, "") for name in stage_names(config)] if "stages" in config else [config]
+        stages = stages_of(config).values()
         if any(stage.task == "pretrain" for stage in stages):
             prepare_all(config, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
         for stage in stages:

@@ -8,7 +8,7 @@ and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows=
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +18,70 @@ import rich.progress
 import rich.table
 from ml_collections import ConfigDict
 
-from nanollama_jax.data import chat
+from nanollama_jax.data import chat, decontaminate
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, totals, verify_shards
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, finished, split_of, totals
 from nanollama_jax.data.sources import about_source, matched_files
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, whole_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
 
-KINDS = {"conversations": parse_conversation, "preferences": parse_preference}
+PARSERS = {"conversations": parse_conversation, "preferences": parse_preference}
 SAID = np.uint32(1 << 31)
 SHARD_TOKENS = 50_000_000
 
 
 def prepare(
     name: str, url: str, licence: str, kind: str, bad_rows: str, *,
-    out_dir: str | os.PathLike, tokenizer: Tokenizer, max_tokens: int, validation_fraction: float,
+    out_dir: str | os.PathLike, tokenizer: Tokenizer, max_tokens: int, validation_fraction: float, benchmarks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest of what `url` holds, prepared into `out_dir` unless it is there. The split is by a hash of what comes before the first answer, so
-    that one question is never on both sides. Raises BadInput for a bad row, other settings than before, or if nothing is left to train on."""
-    if kind not in KINDS or bad_rows not in ("stop", "skip"):
+    that one question is never on both sides. A row with an item of `benchmarks` (name -> URL, data/decontaminate.py) is left out.
+    Raises BadInput for a bad row, other settings than before, or if nothing is left to train on."""
+    if kind not in PARSERS or bad_rows not in ("stop", "skip"):
         raise BadInput(f"{name}: kind={kind!r} and bad_rows={bad_rows!r}: choose conversations or preferences, and stop or skip")
+    if not 0 <= validation_fraction < 1:
+        raise BadInput(f"data.tuning_validation_fraction={validation_fraction} must be at least 0 and below 1")
     out_dir = Path(out_dir)
+    benchmarks = {benchmark: url for benchmark, url in (benchmarks or {}).items() if url}  # one without a URL is not searched for
     settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
-    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32"} | about_source(url)
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32", "benchmarks": benchmarks} | about_source(url)
     if files := matched_files(url):  # small enough to be read: an answer can be mended without a change of size
         settings["files_sha256"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-    if (out_dir / MANIFEST).exists():
-        manifest = load_manifest(out_dir)
-        check_same_inputs(out_dir, manifest, settings)
-        verify_shards(out_dir, manifest, checksums=True)
+    if manifest := finished(out_dir, settings):
         return manifest
     chat.check_tokenizer(tokenizer)
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir / "lock", f"{out_dir} is being prepared by another process: wait for it to end"):
         writers = {split: ShardWriter(out_dir, split, SHARD_TOKENS) for split in SPLITS}
-        left_out: dict[str, list[str]] = {"bad": [], "too long": []}
+        left_out: dict[str, list[str]] = {"bad": [], "too long": [], "contaminated": []}
+        index = decontaminate.Index(decontaminate.read_benchmarks(benchmarks)) if benchmarks else None
 
         def on_bad(where: str, mistake: BadInput) -> None:
             if bad_rows == "stop":
                 raise BadInput(f"{mistake} (tools/check_finetuning_data.py lists all bad rows; --config.tuning.{name}.bad_rows=skip leaves them out)")
             left_out["bad"].append(str(mistake))
 
-        records = read_rows(url, lambda record, where: (where, *_record(KINDS[kind](record, where), tokenizer)), on_bad)
+        def parse(record: Any, where: str) -> tuple[Conversation | Preference, np.ndarray, bytes, int]:
+            row = PARSERS[kind](record, where)
+            return row, *_record(row, tokenizer)
+
         console = rich.console.Console(stderr=True)
-        for where, record, prompt, length in rich.progress.track(records, f"{name}: encoding", console=console, disable=not console.is_terminal):
+        records = rich.progress.track(read_rows(url, parse, on_bad), f"{name}: encoding", console=console, disable=not console.is_terminal)
+        for row, record, question, length in records:
             if length > max_tokens:
-                left_out["too long"].append(f"{where}: {length} tokens, where seq_len is {max_tokens}")
+                left_out["too long"].append(f"{row.where}: {length} tokens, where seq_len is {max_tokens}")
                 continue
-            hashed = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little")
-            split = "validation" if hashed < validation_fraction * 2**64 else "train"
-            writers[split].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
+            if index and (hits := index.find(["\n".join(text for message in row.messages for text in (message.thought, message.content))])[0]):
+                left_out["contaminated"].append(f"{row.where}: {hits[0].text!r} is of {hits[0].item}")
+                continue
+            writers[split_of(question, validation_fraction)].write(record.tobytes(), tokens=length, text_bytes=record.nbytes)
         splits = {split: totals(writer.close()) for split, writer in writers.items()}
-        if not splits["train"]["documents"]:
-            raise BadInput(f"{name}: no row of {url} is left to train on ({', '.join(f'{len(v)} {k}' for k, v in left_out.items())}): check it")
         counts = {reason: len(lines) for reason, lines in left_out.items()}
+        if not splits["train"]["documents"]:
+            why = ", ".join(f"{count} {reason}" for reason, count in (counts | {"in validation": splits["validation"]["documents"]}).items())
+            raise BadInput(f"{name}: no row of {url} is left to train on ({why}): check it, or lower data.tuning_validation_fraction")
         (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
         manifest = settings | {"left_out": counts, "splits": splits}
         write_json(out_dir / MANIFEST, manifest)
@@ -124,17 +132,17 @@ def prepare_stage(config: ConfigDict) -> None:
         raise BadInput(f"data.sources has {absent[0]}, which is not in config.tuning: name its url there")
     already = all((Path(config.data.dir) / name / MANIFEST).exists() for name in names)
     table = rich.table.Table(
-        "source", "rows", "tokens", "validation rows", "too long", "bad", title=f"{config.name}, up to {config.seq_len:,} tokens"
+        "source", "rows", "tokens", "validation rows", "too long", "bad", "contaminated", title=f"{config.name}, up to {config.seq_len:,} tokens"
     )
     for name in names:
         manifest = prepare(
             name, **config.tuning[name], out_dir=Path(config.data.dir) / name, tokenizer=tokenizer, max_tokens=config.seq_len,
-            validation_fraction=config.data.tuning_validation_fraction,
+            validation_fraction=config.data.tuning_validation_fraction, benchmarks=config.data.benchmarks,
         )  # fmt: skip
         train, validation = (manifest["splits"][split] for split in SPLITS)
-        counts = (train["documents"], train["tokens"], validation["documents"], *(manifest["left_out"][why] for why in ("too long", "bad")))
-        table.add_row(name, *(f"{count:,}" for count in counts))
-        if any(manifest["left_out"].values()):
-            print(f"{name}: {manifest['left_out']} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}", flush=True)
+        left_out = {"too long": 0, "bad": 0, "contaminated": 0} | manifest["left_out"]  # an earlier version did not look for benchmarks
+        table.add_row(name, *(f"{count:,}" for count in (train["documents"], train["tokens"], validation["documents"], *left_out.values())))
+        if any(left_out.values()):
+            print(f"{name}: {left_out} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}", flush=True)
     if not already:
         rich.console.Console().print(table)

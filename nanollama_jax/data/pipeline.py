@@ -47,13 +47,13 @@ class Source:
     manifest: dict[str, Any]
 
     def tokens(self, split: str) -> int:
-        """Tokens on disk, BOS and EOS not counted."""
+        """Tokens on disk; of documents without BOS and EOS."""
         return self.manifest["splits"][split]["tokens"]
 
 
 def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, kind: str = "documents") -> Source:
-    """`kind`: documents, or one of finetuning.KINDS. Raises BadInput for a missing corpus, one of another kind or tokenised by another tokenizer, or
-    a missing or truncated shard."""
+    """`kind`: documents, conversations or preferences. Raises BadInput for a missing corpus, one of another kind or tokenised by another tokenizer,
+    or a missing or truncated shard."""
     directory = pathlib.Path(directory) / name
     manifest = load_manifest(directory)
     if (found := manifest.get("kind", "documents")) != kind:

@@ -36,6 +36,11 @@ class Preference:
     rejected: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All that there are: not a conversation."""
+        return self.prompt + self.chosen + self.rejected
+
 
 def parse_preference(record: Any, where: str) -> Preference:
     """The pair in a row of any of the formats above. Raises `BadInput`, whatever `record` is, where it holds none."""
@@ -75,11 +80,10 @@ def check(url: str, files: collections.defaultdict[str, collections.Counter[str]
 
     for row in read_rows(url, parse_row, count_bad):
         pair = isinstance(row, Preference)
-        messages = row.prompt + row.chosen + row.rejected if pair else row.messages
-        calls = [call.arguments for message in messages for call in message.tool_calls]
-        characters = sum(len(message.content) + len(message.thought) for message in messages) + sum(len(json.dumps(call)) for call in calls)
-        counts = {"rows": 1, "good": 1, "pairs": pair, "turns": len(messages), "characters": characters}
-        counts |= {"with thoughts": any(message.thought for message in messages), "with tools": bool(row.tools), "with calls": bool(calls)}
+        calls = [call.arguments for message in row.messages for call in message.tool_calls]
+        characters = sum(len(message.content) + len(message.thought) for message in row.messages) + sum(len(json.dumps(call)) for call in calls)
+        counts = {"rows": 1, "good": 1, "pairs": pair, "turns": len(row.messages), "characters": characters}
+        counts |= {"with thoughts": any(message.thought for message in row.messages), "with tools": bool(row.tools), "with calls": bool(calls)}
         file_of(row.where).update({name: int(count) for name, count in counts.items()})
     for file in matched_files(url) or ([] if files else [url]):
         if not files[file]["rows"]:

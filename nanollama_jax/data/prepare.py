@@ -23,7 +23,7 @@ from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, load_manifest, split_shards, totals, verify_shards
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, finished, split_of, split_shards, totals, verify_shards
 from nanollama_jax.data.sources import about_source, batched, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, write_json
@@ -84,9 +84,7 @@ class WriteTokens(PipelineStep):
                 text = document.text.encode()
                 # By a hash of the text, so that equal documents never end up on both sides, or of what the source names instead.
                 split_key = document.metadata["split_key"].encode() if "split_key" in document.metadata else text
-                hashed = int.from_bytes(hashlib.blake2b(split_key, digest_size=8).digest(), "little")
-                split = "validation" if hashed < self.validation_fraction * 2**64 else "train"
-                writers[split].write(np.array(ids, dtype).tobytes(), tokens=len(ids), text_bytes=len(text))
+                writers[split_of(split_key, self.validation_fraction)].write(np.array(ids, dtype).tobytes(), tokens=len(ids), text_bytes=len(text))
                 counts += (1, len(ids), len(text))
                 if counts[1] >= max_tokens:
                     break
@@ -142,10 +140,7 @@ def prepare_source(
     inputs |= {"leave_out_sha256": hashlib.sha256(Path(leave_out).read_bytes()).hexdigest() if leave_out else ""}
     inputs |= {"benchmarks": benchmarks} | ({"contaminated": contaminated} if benchmarks else {})
     inputs |= about_source(url)
-    if (out_dir / MANIFEST).exists():
-        manifest = load_manifest(out_dir)
-        check_same_inputs(out_dir, manifest, inputs)
-        verify_shards(out_dir, manifest, checksums=True)
+    if manifest := finished(out_dir, inputs):
         return manifest
 
     logs = out_dir / "logs"

@@ -22,8 +22,8 @@ from nanollama_jax.errors import BadInput
 
 def best_fit(lengths: Sequence[int], capacity: int, max_units: int) -> list[list[int]]:
     """Bins of indices of `lengths`, each of at most `max_units` whose sum is at most `capacity`: in the order given, each into the fullest bin that
-    has room. Longest first would fill 98 to 99.9 % of the rows instead of 95 to 99.5, but with rows of like lengths, which are of one kind:
-    consecutive batches would differ by it (nano's SFT loss swung between 0.8 and 1.3)."""
+    has room. Longest first fills a little more (docs/post_training.md), but with rows of like lengths, which are of one kind: consecutive batches
+    would differ by it."""
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left
     present = 0  # bit r is set where with_room[r] has a bin

@@ -1,6 +1,8 @@
-"""A prepared corpus on disk: ArrayRecord shards of one tokenised document a record, and `manifest.json`, written last, that says what is in them.
+"""A prepared corpus on disk: ArrayRecord shards of one tokenised document, conversation or pair a record, and `manifest.json`, written last, that
+says what is in them.
 
-A record is token ids, raw little-endian, without BOS and EOS. A shard is written under a temporary name and renamed when whole.
+A document's record is token ids, raw little-endian, without BOS and EOS; data/finetuning.py has the others'. A shard is written under a temporary
+name and renamed when whole.
 """
 
 import hashlib
@@ -59,6 +61,12 @@ class ShardWriter:
         self._shards.append(self._shard)
 
 
+def split_of(key: bytes, validation_fraction: float) -> str:
+    """The split of a document or row, by a hash of `key`: what has the same key is on the same side."""
+    hashed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    return "validation" if hashed < validation_fraction * 2**64 else "train"
+
+
 def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
     """What a manifest says of a split: its shards, and their counts together."""
     return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
@@ -75,6 +83,16 @@ def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
         raise BadInput(f"{path} is damaged ({error}): remove {directory} and prepare it again") from error
 
 
+def finished(directory: str | os.PathLike, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a corpus that is there whole. Raises `BadInput` if it was made with other inputs, or a shard is missing or damaged."""
+    if not (Path(directory) / MANIFEST).exists():
+        return None
+    manifest = load_manifest(directory)
+    check_same_inputs(directory, manifest, inputs)
+    verify_shards(directory, manifest, checksums=True)
+    return manifest
+
+
 def split_shards(directory: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[Path]:
     """Paths of a split's shards, in order."""
     return [Path(directory) / shard["file"] for shard in manifest["splits"][split]["shards"]]
@@ -83,6 +101,8 @@ def split_shards(directory: str | os.PathLike, manifest: dict[str, Any], split: 
 def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterator[Document]:
     """The text of a prepared corpus, in the order of its shards; ids are SHARD:RECORD. Raises `BadInput` as `load_manifest` does."""
     directory, manifest = Path(directory), load_manifest(directory)
+    if kind := manifest.get("kind"):
+        raise BadInput(f"{directory} holds {kind}: name a corpus of documents")
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise BadInput(f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one")
     verify_shards(directory, manifest)
@@ -94,7 +114,7 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
                     yield Document(text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()), id=f"{path}:{number + 1}")
 
 
-def check_same_inputs(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now."""
     for key, value in new.items():
         if key in ("file_sizes", "files_sha256"):

@@ -1,8 +1,8 @@
 """Where raw data comes from: any source URL, read as records or as datatrove documents, divided among ranks.
 
     builtin://docs                       also builtin://code and builtin://reasoning: see data/builtin.py
-    builtin://math?rows=100              conversations and pairs, made to order: also builtin://tools, builtin://transcripts and
-                                         builtin://right_or_wrong; of math and right_or_wrong &tasks=gcd,chain_sum has some tasks alone;
+    builtin://math?rows=100              made to order: conversations, also builtin://tools; pairs, builtin://right_or_wrong;
+                                         text, builtin://transcripts; of math and right_or_wrong &tasks=gcd,chain_sum has some tasks alone;
                                          &split=test has what is held out
     file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one record), .jsonl and
                                          .jsonl.gz, .xz, .zst (a line is one record), .parquet (a row is one record)
@@ -358,7 +358,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-# Rows to fine-tune on
+# Made to order, a row at a time
 _GENERATED = {"tools": tool_conversations.conversations, "math": reasoning.conversations, "right_or_wrong": reasoning.preferences,
               "transcripts": tool_conversations.transcript}  # fmt: skip
 _READERS = {

@@ -116,12 +116,6 @@ def transcript(split: str, index: int) -> dict[str, str]:
     return {"text": "\n".join(lines)}
 
 
-def expected_calls(row: dict[str, Any]) -> list[Call]:
-    """The calls of the row's first message that calls; none where no message does."""
-    calling = next((message["tool_calls"] for message in row["messages"] if "tool_calls" in message), [])
-    return [(call["name"], call["arguments"]) for call in calling]
-
-
 def _call(rng: random.Random, split: str) -> tuple[list[dict[str, Any]], list[str]]:
     name, arguments = _draw(rng, split, rng.choice(tuple(TOOLS)))
     question = _user(rng, TOOLS[name].requests[split], arguments)

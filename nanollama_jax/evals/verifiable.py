@@ -43,19 +43,18 @@ def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
     while len(found) < count:
         row = tool_conversations.conversations("test", index)
         index += 1
-        if not (expected := tool_conversations.expected_calls(row)):
+        if row["kind"] == "none":
             continue
         conversation = parse_conversation(row, f"tools/test:{index}")
         calling = next(i for i, message in enumerate(conversation.messages) if message.tool_calls)
-        found.append((row, expected, conversation.messages[:calling]))
+        found.append((row, conversation.messages[: calling + 1]))
         prompts.append(chat.encode_prompt(conversation.messages[:calling], engine.tokenizer, conversation.tools))
         grammars.append(tool_call(conversation.tools))
     for at, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars):
-        row, expected, messages = found[at]
+        row, (*_, asked, expected) = found[at]
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         valid = len(reply.tool_calls) == 1 and _fits(reply.tool_calls[0], row["tools"])
-        right = valid and (reply.tool_calls[0].name, reply.tool_calls[0].arguments) == expected[0]
-        yield Verdict(row["kind"], right, valid, messages[-1].content, reply)
+        yield Verdict(row["kind"], valid and reply.tool_calls[0] == expected.tool_calls[0], valid, asked.content, reply)
 
 
 def tool_turns(engine: Engine, count: int) -> Iterator[Verdict]:
@@ -72,13 +71,14 @@ def tool_turns(engine: Engine, count: int) -> Iterator[Verdict]:
 
 
 def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """By kind, and over "all": how many, the share that is right, and of calls the share that is valid."""
+    """By kind, and over "all": how many, the share that is right with its standard error, and of calls the share that is valid."""
     groups = collections.defaultdict(list)
     for verdict in verdicts:
         groups[verdict.kind].append(verdict)
     found = {}
     for kind, group in (*sorted(groups.items()), ("all", verdicts)):
-        found[kind] = {"count": len(group), "right": sum(verdict.right for verdict in group) / len(group)}
+        right = sum(verdict.right for verdict in group) / len(group)
+        found[kind] = {"count": len(group), "right": right, "standard_error": (right * (1 - right) / len(group)) ** 0.5}
         if group[0].valid is not None:
             found[kind]["valid"] = sum(verdict.valid for verdict in group) / len(group)
     return found

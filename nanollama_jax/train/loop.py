@@ -37,7 +37,7 @@ from nanollama_jax.train import step as steps
 from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
 from nanollama_jax.train.objectives import means
-from nanollama_jax.train.origin import find_origin, known_order, weights_of_start, weights_to_start_from
+from nanollama_jax.train.origin import find_origin, weights_of_start, weights_to_start_from
 from nanollama_jax.train.reference import open_reference
 from nanollama_jax.train.settle import settle
 
@@ -101,7 +101,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             state = program.make_state()
         elif origin == workdir:
             state, data = checkpoints.restore(origin_step, shapes, shardings)
-            read_before = data["positions"] if tuning else known_order(data, workdir)["positions"]
+            read_before = data["positions"]
             batches.set_state(data["batches"])
         elif tuning or before.get("weights_only"):
             params = weights_to_start_from(config, origin, origin_step, model)
@@ -109,7 +109,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, data = other.restore(origin_step, shapes, shardings)
-            read_before = known_order(data, origin)["positions"]
+            read_before = data["positions"]
             position, anew = pipeline.begin_at(batches.get_state(), read_before, feed.sources, config.seed)
             batches.set_state(position)
             if anew:
@@ -123,6 +123,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             model.dtype, model.remat, len(devices), devices[0].device_kind, *mesh.devices.shape,
         )  # fmt: skip
 
+        # ---- What fine-tuning needs besides: DPO's reference, prompts to sample
         reference = None
         if config.task == "dpo":
             resumed = origin == workdir

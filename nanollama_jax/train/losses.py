@@ -30,7 +30,7 @@ def token_logprobs(hidden_BTD, head_DV, targets_BT, chunk_tokens: int):
     """(B, T) float32 natural-log probabilities of the targets, without a gradient, by the same products as `cross_entropy`'s."""
 
     def local(hidden_BTD, head_DV, targets_BT):
-        B, T, D = hidden_BTD.shape
+        B, T = targets_BT.shape
         size = min(chunk_tokens, B * T)
 
         def one_chunk(chunk):
@@ -38,9 +38,7 @@ def token_logprobs(hidden_BTD, head_DV, targets_BT, chunk_tokens: int):
             logits_CV = jnp.einsum("CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32)
             return jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1)
 
-        hidden = jnp.pad(hidden_BTD.reshape(B * T, D), [(0, -(B * T) % size), (0, 0)]).reshape(-1, size, D)
-        targets = jnp.pad(targets_BT.reshape(B * T), (0, -(B * T) % size)).reshape(-1, size)
-        return (jax.lax.map(one_chunk, (hidden, targets)).reshape(-1)[: B * T].reshape(B, T),)
+        return (jax.lax.map(one_chunk, (_chunked(hidden_BTD, size), _chunked(targets_BT, size))).reshape(-1)[: B * T].reshape(B, T),)
 
     hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV))
     head_DV = nn.with_logical_constraint(head_DV.astype(hidden_BTD.dtype), ("embed", "vocab"))
@@ -91,17 +89,18 @@ def _backward(z_loss, chunk_tokens, gradients, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
+def _chunked(array: jax.Array, size: int) -> jax.Array:
+    """(B, T, ...) -> (chunks, size, ...), zeros at the end."""
+    flat = array.reshape(-1, *array.shape[2:])
+    return jnp.pad(flat, [(0, -len(flat) % size)] + [(0, 0)] * (flat.ndim - 1)).reshape(-1, size, *flat.shape[1:])
+
+
 def _over_chunks(hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss, chunk_tokens, with_gradients):
     """The four sums, and (d_hidden_BTD, d_head_DV) or None."""
 
     def local(hidden_BTD, head_DV, targets_BT, loss_weights_BT):
         B, T, D = hidden_BTD.shape
         size = min(chunk_tokens, B * T)
-        padding = -(B * T) % size  # padded tokens have weight 0
-
-        def chunked(array):
-            flat = array.reshape(B * T, *array.shape[2:])
-            return jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1)).reshape(-1, size, *flat.shape[1:])
 
         def one_chunk(carry, chunk):
             sums, d_head_DV = carry
@@ -122,7 +121,7 @@ def _over_chunks(hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss, chunk
             d_head_DV += jnp.einsum("CD,CV->DV", hidden_CD, d_logits_CV, preferred_element_type=jnp.float32)
             return (sums, d_head_DV), d_hidden_CD
 
-        chunks = (chunked(hidden_BTD), chunked(targets_BT), chunked(loss_weights_BT))
+        chunks = (_chunked(hidden_BTD, size), _chunked(targets_BT, size), _chunked(loss_weights_BT, size))  # what fills the last weighs 0
         zero_sums = (jnp.float32(0),) * 4
         d_head_DV = jnp.zeros(head_DV.shape if with_gradients else (), jnp.float32)
         (sums, d_head_DV), d_hidden = jax.lax.scan(one_chunk, differs_by_shard((zero_sums, d_head_DV)), chunks)

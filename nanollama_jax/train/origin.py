@@ -124,12 +124,3 @@ def shuffle_windows(config: dict[str, Any]) -> dict[str, int]:
     """source -> rows that are shuffled among each other."""
     shares, rows = config["data"]["sources"], (config["end_step"] - config["start_step"]) * config["batch_size"]
     return {name: pipeline.shuffle_window(config["seq_len"], int(rows * share / sum(shares.values()))) for name, share in shares.items()}
-
-
-def known_order(data: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """The checkpoint's data item, if documents were read in the order that they are read in now."""
-    if "positions" not in data:
-        raise BadInput(
-            f"the checkpoint in {workdir} is of an earlier version, which read documents in another order: finish its curriculum with that"
-        )
-    return data

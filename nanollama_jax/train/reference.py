@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from nanollama_jax import sharding
 from nanollama_jax.data.pipeline import Batch
+from nanollama_jax.data.rows import Rows
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 from nanollama_jax.model import Llama, ModelConfig
@@ -63,24 +64,36 @@ def open_reference(
             raise BadInput(f"{path} was computed in {found['kernels']}, and this run is in {kernels}: set that back, or remove the file")
         return Reference(found["logprobs"], expected)
 
-    logprobs = np.zeros((sum(len(rows.units) for rows in feed.rows), 2), np.float32)
-    segments, whole = config.data.max_segments, sharding.replicated(mesh)
-    step = jax.jit(functools.partial(_logprobs, model=model, segments=segments, chunk_tokens=config.loss.chunk_tokens), out_shardings=whole)
-    total, done, said = sum(len(rows) for rows in feed.rows), 0, time.monotonic()
-    log.info("%s: log-probabilities of the reference: %d pairs in %d rows", config.name, len(logprobs), total)
-    for rows in feed.rows:
-        for batch in rows.batches(config.batch_size // config.accumulation):
-            pairs_BP = batch.pop("pairs")
-            found_BM = np.asarray(step(params, sharding.put_batch(batch, mesh), np.float32(rope_theta)))
-            logprobs[pairs_BP[pairs_BP >= 0]] = found_BM.reshape(*pairs_BP.shape, 2)[pairs_BP >= 0]
-            done += len(pairs_BP)
-            if time.monotonic() - said > 30:
-                log.info("%s: reference: %d of %d rows", config.name, done, total)
-                said = time.monotonic()
+    settings = dict(batch_size=config.batch_size // config.accumulation, chunk_tokens=config.loss.chunk_tokens)
+    logprobs = pair_logprobs(params, feed.rows, model=model, rope_theta=rope_theta, mesh=mesh, stage=config.name, **settings)
     if jax.process_index() == 0:
         with whole_file(path) as file:
             np.savez(file, logprobs=logprobs, weights=expected, data=of_data, kernels=kernels)
     return Reference(logprobs, expected)
+
+
+def pair_logprobs(
+    params: Any, splits: Sequence[Rows], *,
+    model: ModelConfig, rope_theta: float, mesh: Any, batch_size: int, chunk_tokens: int, stage: str = "dpo",
+) -> np.ndarray:  # fmt: skip
+    """(pairs, 2) float32: the summed log-probabilities in nats of the chosen and the rejected answer of each pair in `splits`, by its number.
+
+    Inside `sharding.use_mesh(mesh)`. Its progress is in the log of `stage`.
+    """
+    logprobs = np.zeros((sum(len(rows.units) for rows in splits), 2), np.float32)
+    total, done, said = sum(len(rows) for rows in splits), 0, time.monotonic()
+    log.info("%s: log-probabilities of the reference: %d pairs in %d rows", stage, len(logprobs), total)
+    settings = dict(model=model, segments=splits[0].max_segments, chunk_tokens=chunk_tokens)
+    step = jax.jit(functools.partial(_logprobs, **settings), out_shardings=sharding.replicated(mesh))
+    for batch in itertools.chain.from_iterable(rows.batches(batch_size) for rows in splits):
+        pairs_BP = batch.pop("pairs")
+        found_BM = np.asarray(step(params, sharding.put_batch(batch, mesh), np.float32(rope_theta)))
+        logprobs[pairs_BP[pairs_BP >= 0]] = found_BM.reshape(*pairs_BP.shape, 2)[pairs_BP >= 0]
+        done += len(pairs_BP)
+        if time.monotonic() - said > 30:
+            log.info("%s: reference: %d of %d rows", stage, done, total)
+            said = time.monotonic()
+    return logprobs
 
 
 def fingerprint(feed: Feed) -> str:

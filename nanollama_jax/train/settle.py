@@ -1,5 +1,6 @@
 """Everything about a config that can be wrong, found before anything is allocated, each in one line that says what to change."""
 
+import operator
 from typing import Any
 
 import jax
@@ -45,6 +46,8 @@ def settle(config: ConfigDict) -> ModelConfig:
         raise BadInput(f"{c.task}: with model.document_mask=False the conversations of a row would see each other: leave it on")
     if c.task == "dpo" and (c.data.max_segments % 2 or not 0 <= c.preference.label_smoothing < 0.5 or c.preference.beta <= 0):
         raise BadInput("dpo: data.max_segments must be even, preference.beta above 0 and preference.label_smoothing at least 0 and below 0.5")
+    if c.task == "dpo" and (c.loss.z_loss or c.gates.perplexity):
+        raise BadInput("dpo has neither a z-loss nor a perplexity: set loss.z_loss=0.0 and gates.perplexity=()")
     if c.samples.every < 0 or c.samples.max_new_tokens < 1:
         raise BadInput("samples.every must be at least 0 and samples.max_new_tokens at least 1")
     if c.rope.schedule not in ("ramp", "jump"):
@@ -54,10 +57,7 @@ def settle(config: ConfigDict) -> ModelConfig:
     if c.data.max_segments < 1:
         raise BadInput(f"data.max_segments={c.data.max_segments}: a row holds at least one document")
     for name in ("log_every", "validation.every", "validation.tokens", "checkpoint.every", "checkpoint.keep_last", "loss.chunk_tokens"):
-        value = c
-        for part in name.split("."):
-            value = value[part]
-        if value < 1:
+        if (value := operator.attrgetter(name)(c)) < 1:
             raise BadInput(f"{name}={value} must be at least 1")
     for gate in c.gates.perplexity:
         if not isinstance(gate, tuple) or len(gate) != 3 or not gate[1] <= gate[2]:

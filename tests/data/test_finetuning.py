@@ -1,12 +1,11 @@
 """Conversations and pairs on disk: what a record says, what is refused, and what is left out and named."""
 
-import contextlib
 import json
 
 import pytest
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data import chat, finetuning, pipeline, rows, sources
+from nanollama_jax.data import chat, finetuning, pipeline, rows, shards, sources
 from nanollama_jax.data.conversations import parse_conversation, read_rows
 from nanollama_jax.data.preference import parse_preference
 from nanollama_jax.errors import BadInput
@@ -25,9 +24,9 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(trained) -> Tokenizer:
-    return Tokenizer("chat", checkpoint.load(trained).tokenizer.extended())
+@pytest.fixture
+def tokenizer(chat_tokenizer) -> Tokenizer:
+    return chat_tokenizer
 
 
 def prepare(folder, tokenizer, made, kind="conversations", **settings):
@@ -52,7 +51,8 @@ def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
     assert sorted((unit & ~finetuning.SAID).tolist() for unit in found) == fitting and len(fitting) > 50
     said = {tuple(e.ids.tolist()): e.learnt.tolist() for e in expected}
     assert all((unit >> 31).astype(bool).tolist() == said[tuple((unit & ~finetuning.SAID).tolist())] for unit in found)
-    assert manifest["left_out"] == {"bad": 0, "too long": len(expected) - len(fitting)} and manifest["splits"]["validation"]["documents"] > 5
+    assert manifest["left_out"] == {"bad": 0, "too long": len(expected) - len(fitting), "contaminated": 0}
+    assert manifest["splits"]["validation"]["documents"] > 5
 
 
 def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path):
@@ -99,7 +99,7 @@ def test_a_bad_row_is_named(tokenizer, tmp_path, mistake):
 def test_what_is_left_out_is_counted_and_named(tokenizer, tmp_path, capsys):
     long = {"question": "ab" * 200, "answer": "b"}
     manifest = prepare(tmp_path, tokenizer, [GOOD, long, BAD["is not JSON"], *[GOOD] * 3], bad_rows="skip")
-    assert manifest["left_out"] == {"bad": 1, "too long": 1} and manifest["splits"]["train"]["documents"] == 4
+    assert manifest["left_out"] == {"bad": 1, "too long": 1, "contaminated": 0} and manifest["splits"]["train"]["documents"] == 4
     named = (tmp_path / "chats" / "left_out.txt").read_text().splitlines()
     assert "rows.jsonl:3: " in named[0] and "rows.jsonl:2: " in named[1] and "where seq_len is 128" in named[1]
 
@@ -145,20 +145,47 @@ def test_prepared_by_one_process_at_a_time(tokenizer, tmp_path):
 
 
 def test_a_longer_conversation_is_on_the_side_of_its_beginning(tokenizer, tmp_path):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    made = []
     for i in range(20):
-        begun = [turns[0] | {"content": f"a{i}"}]
-        made = [{"prompt": begun, "chosen": "x", "rejected": "y"}, {"prompt": begun + turns[1:], "chosen": "x", "rejected": "y"}] * 2
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        made.append({"prompt": f"always train {i}", "chosen": "x", "rejected": "y"})
-        with contextlib.suppress(BadInput):  # all of it on the other side
-            splits = prepare(folder, tokenizer, made, kind="preferences", validation_fraction=0.5)["splits"]
-            assert splits["train"]["documents"] in (1, 4, 5)
+        turns = [{"role": "user", "content": f"a{i}"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+        made += [{"prompt": turns[:1], "chosen": "x", "rejected": "y"}, {"prompt": turns, "chosen": "x", "rejected": "y"}]
+    prepare(tmp_path, tokenizer, made, kind="preferences", validation_fraction=0.5)
+    for split in ("train", "validation"):
+        texts = [tokenizer.decode(unit[0] & ~finetuning.SAID) for unit in opened(tmp_path, tokenizer, "preferences", split).units]
+        begun = sorted(text.split("\n")[1] for text in texts)
+        assert begun and begun[::2] == begun[1::2] and len(set(begun)) == len(begun) / 2
+
+
+def test_a_row_that_holds_an_item_of_a_benchmark_is_left_out(tokenizer, tmp_path):
+    words = "how many of the seven grey geese that crossed our river last spring came back in autumn"
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": f"{words}?", "answer": "Four."}) + "\n")
+    benchmarks = {"gsm8k": f"file://{tmp_path}/gsm8k.jsonl", "mmlu": ""}
+    asked = {"messages": [{"role": "user", "content": f"Tell me: {words.upper()}, please?"}, GOOD["messages"][1]]}
+    thought = {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "b", "thought": f"They ask {words}."}]}
+    parted = {"messages": [{"role": "user", "content": words[:40]}, {"role": "assistant", "content": "b " + words[44:]}]}
+    manifest = prepare(tmp_path, tokenizer, [asked, GOOD, thought, parted], benchmarks=benchmarks, max_tokens=512)
+    assert manifest["left_out"] == {"bad": 0, "too long": 0, "contaminated": 2} and manifest["splits"]["train"]["documents"] == 2
+    named = (tmp_path / "chats" / "left_out.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in named] == [f"{tmp_path}/rows.jsonl:1", f"{tmp_path}/rows.jsonl:3"]
+    assert named[0].endswith(f"is of {tmp_path}/gsm8k.jsonl:1") and words.upper()[4:] in named[0]
+    with pytest.raises(BadInput, match="was prepared with benchmarks="):
+        prepare(tmp_path, tokenizer, [asked, GOOD, thought, parted], max_tokens=512)
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": words}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    (tmp_path / "pairs").mkdir()
+    manifest = prepare(tmp_path / "pairs", tokenizer, pairs, kind="preferences", benchmarks=benchmarks, max_tokens=512)
+    assert manifest["left_out"]["contaminated"] == 1 and manifest["splits"]["train"]["documents"] == 1
+
+
+def test_it_is_no_corpus_of_documents(tokenizer, tmp_path):
+    prepare(tmp_path, tokenizer, [GOOD])
+    with pytest.raises(BadInput, match="chats holds conversations: name a corpus of documents"):
+        list(shards.read_documents(tmp_path / "chats", tokenizer))
 
 
 def test_nothing_to_train_on(tokenizer, trained, tmp_path):
-    with pytest.raises(BadInput, match=r"no row of .* is left to train on \(0 bad, 1 too long\)"):
+    with pytest.raises(BadInput, match=r"no row of .* is left to train on \(0 bad, 1 too long, 0 contaminated, 0 in validation\): check it"):
         prepare(tmp_path, tokenizer, [{"question": "ab" * 200, "answer": "b"}])
     with pytest.raises(BadInput, match=r"has no <\|im_start\|>: it is a base model's"):
         prepare(tmp_path, checkpoint.load(trained).tokenizer, [GOOD])
+    with pytest.raises(BadInput, match="tuning_validation_fraction=1.0 must be at least 0 and below 1"):
+        prepare(tmp_path, tokenizer, [GOOD], validation_fraction=1.0)

@@ -14,7 +14,7 @@ from datatrove.data import Document
 from ml_collections import ConfigDict
 
 from nanollama_jax import tokenizer
-from nanollama_jax.data import executor, prepare
+from nanollama_jax.data import executor, prepare, shards
 from nanollama_jax.data.executor import Executor
 from nanollama_jax.errors import BadInput
 
@@ -64,7 +64,7 @@ def read_ids(path, manifest) -> list[list[int]]:
 
 
 def test_the_shards_hold_exactly_sentencepieces_ids(prepared, texts, model):
-    manifest = prepare.load_manifest(prepared)
+    manifest = shards.load_manifest(prepared)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = {text: processor.encode(text) for text in texts}
     found = {split: [] for split in prepare.SPLITS}
@@ -85,11 +85,11 @@ def test_the_shards_hold_exactly_sentencepieces_ids(prepared, texts, model):
 
 
 def test_shards_roll_over_and_a_longer_document_has_one_to_itself(prepared):
-    splits = prepare.load_manifest(prepared)["splits"]
+    splits = shards.load_manifest(prepared)["splits"]
     assert len(splits["train"]["shards"]) > 3
-    shards = splits["train"]["shards"] + splits["validation"]["shards"]
-    assert [shard["documents"] for shard in shards if shard["tokens"] > 20_000] == [1]
-    assert {shard["file"] for shard in shards} == {path.name for path in prepared.iterdir()} - {"manifest.json", "logs"}
+    written = splits["train"]["shards"] + splits["validation"]["shards"]
+    assert [shard["documents"] for shard in written if shard["tokens"] > 20_000] == [1]
+    assert {shard["file"] for shard in written} == {path.name for path in prepared.iterdir()} - {"manifest.json", "logs"}
 
 
 def test_the_number_of_workers_does_not_matter(corpus, model, prepared, tmp_path):
@@ -123,7 +123,7 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
 
     monkeypatch.setattr(prepare, "run_ranks", refuse)
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
-    assert run(corpus, model, prepared, executor=Executor(workers=1)) == prepare.load_manifest(prepared)
+    assert run(corpus, model, prepared, executor=Executor(workers=1)) == shards.load_manifest(prepared)
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
 
 
@@ -151,17 +151,17 @@ def test_a_damaged_shard_is_named(corpus, model, tmp_path):
     shard = prepare.split_shards(tmp_path, manifest, "train")[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
-    prepare.verify_shards(tmp_path, manifest)
+    shards.verify_shards(tmp_path, manifest)
     with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
         run(corpus, model, tmp_path)
     with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
-        prepare.verify_shards(tmp_path, manifest, checksums=True)
+        shards.verify_shards(tmp_path, manifest, checksums=True)
     shard.write_bytes(whole[:-1])
     with pytest.raises(BadInput, match=f"{shard.name} has .* bytes where"):
         run(corpus, model, tmp_path)
     shard.unlink()
     with pytest.raises(BadInput, match=f"{shard.name} is missing"):
-        prepare.verify_shards(tmp_path, manifest)
+        shards.verify_shards(tmp_path, manifest)
 
 
 def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_an_empty_source_is_refused(model, tmp_path):
     with pytest.raises(BadInput, match="has no documents"):
         run(tmp_path / "empty.jsonl", model, tmp_path / "out")
     with pytest.raises(BadInput, match="is not prepared: run python tools/prepare_data.py"):
-        prepare.load_manifest(tmp_path / "out")
+        shards.load_manifest(tmp_path / "out")
 
 
 def test_a_vocabulary_over_16_bits_is_stored_in_32():
@@ -287,7 +287,7 @@ def test_prepare_all_trains_prepares_and_is_done(config, capsys):
     first = capsys.readouterr().out
     assert "training" in first and "bytes per token" in first
     for name in ("one", "two"):
-        manifest = prepare.load_manifest(f"{config.data.dir}/{name}")
+        manifest = shards.load_manifest(f"{config.data.dir}/{name}")
         assert manifest["name"] == name and manifest["licence"] == "CC0"
     prepare.prepare_all(config)
     assert capsys.readouterr().out == f"{config.data.dir}: already prepared: one, two\n"

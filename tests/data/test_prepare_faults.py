@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from nanollama_jax.data import prepare
+from nanollama_jax.data import shards
 from nanollama_jax.data.executor import Executor
 from nanollama_jax.errors import BadInput
 from tests.data.test_prepare import contents, corpus, model, run, texts  # noqa: F401  fixtures among them
@@ -156,7 +156,7 @@ def test_two_at_once_into_one_folder(big_corpus, model, tmp_path):
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "is being prepared by another process: wait for it to end" in stderr and stderr.count("\n") == 1, stderr
     assert first.wait(timeout=60) == 0
-    assert prepare.load_manifest(tmp_path / "out")["splits"]["train"]["documents"] > 2000
+    assert shards.load_manifest(tmp_path / "out")["splits"]["train"]["documents"] > 2000
 
 
 def test_a_shard_edited_after_it_was_written_is_named(corpus, model, tmp_path):

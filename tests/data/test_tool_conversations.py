@@ -21,6 +21,12 @@ DIGEST = "c8440ec0ee6eb264e9a70d515f1f3adc6b4be45fd84127a27c1fb9ec1dad54ba"
 SCRIPT = "from tests.data.test_tool_conversations import digest; print(digest())"
 
 
+def expected_calls(row):
+    """(name, arguments) of each call of the row's first message that calls; none where no message does."""
+    calling = next((message["tool_calls"] for message in row["messages"] if "tool_calls" in message), [])
+    return [(call["name"], call["arguments"]) for call in calling]
+
+
 def digest() -> str:
     rows = [tool_conversations.conversations(split, index) for split in ("train", "test") for index in range(500)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -89,7 +95,7 @@ def test_kinds_have_their_shares_and_their_form(splits):
             assert 0.8 < count / ROWS / (tool_conversations.KINDS[kind] / sum(tool_conversations.KINDS.values())) < 1.2, (kind, count)
         for row in rows:
             assert [message["role"] for message in row["messages"]] == forms[row["kind"]]
-            assert len(tool_conversations.expected_calls(row)) == {"parallel": 2, "none": 0}.get(row["kind"], 1)
+            assert len(expected_calls(row)) == {"parallel": 2, "none": 0}.get(row["kind"], 1)
     assert set(forms) == set(tool_conversations.KINDS)
 
 
@@ -107,7 +113,7 @@ def test_what_is_missing_is_in_the_reply_alone(rows):
             assert tool.missing.argument not in named and named <= set(tool.properties), (name, template)
     for row in rows:
         if row["kind"] == "missing":
-            ((name, arguments),) = tool_conversations.expected_calls(row)
+            ((name, arguments),) = expected_calls(row)
             assert str(arguments[tools.TOOLS[name].missing.argument]) in row["messages"][2]["content"]
 
 
@@ -127,7 +133,7 @@ def test_where_no_tool_is_called_none_that_is_offered_fits(rows):
     kinds = collections.defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
-    assert all(asks_for(tool_conversations.expected_calls(row)[0][0], row) for row in kinds["call"])  # the patterns find what there is
+    assert all(asks_for(expected_calls(row)[0][0], row) for row in kinds["call"])  # the patterns find what there is
     assert not [row for row in kinds["none"] if any(asks_for(tool["name"], row) for tool in row["tools"])]
     assert all(row["messages"][-1]["content"].startswith("None of my tools can ") for row in kinds["none"])
 
@@ -136,7 +142,7 @@ def test_no_request_and_no_call_of_test_is_in_train(splits):
     asked = {split: {row["messages"][0]["content"] for row in rows} for split, rows in splits.items()}
     asked["train"] |= {tool_conversations.conversations("train", index)["messages"][0]["content"] for index in range(ROWS, 10_000)}
     assert not asked["train"] & asked["test"] and len(asked["test"]) > ROWS / 2
-    calls = {split: {json.dumps(call) for row in rows for call in tool_conversations.expected_calls(row)} for split, rows in splits.items()}
+    calls = {split: {json.dumps(call) for row in rows for call in expected_calls(row)} for split, rows in splits.items()}
     assert not calls["train"] & calls["test"] and len(calls["test"]) > ROWS / 3
 
 
@@ -161,7 +167,7 @@ def test_transcripts_are_plain_text_of_other_conversations(splits):
 def test_rows_are_short_enough_for_a_small_model(rows):
     def characters(row: dict) -> int:
         said = sum(len(message["role"] + message.get("thought", "") + message.get("content", "")) for message in row["messages"])
-        return said + len(json.dumps(row["tools"])) + sum(len(json.dumps(call)) for call in tool_conversations.expected_calls(row))
+        return said + len(json.dumps(row["tools"])) + sum(len(json.dumps(call)) for call in expected_calls(row))
 
     sizes = [characters(row) for row in rows]
     print(f"characters a row: mean {sum(sizes) / len(sizes):.0f}, longest {max(sizes)}")

@@ -75,7 +75,8 @@ def test_a_tuned_model_talks_and_is_questioned(run, undisturbed, tmp_path, monke
     flags = ["--checkpoint", undisturbed, "--tasks", "reasoning", "--questions", 1, "--show", 1]
     status, out, _ = run("evaluate", *flags, "--out", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert status == 0 and "[chain_sum, wrong] 'State the final answer" in out and scores["reasoning"]["all"] == dict(count=1, right=0.0)
+    assert status == 0 and "[chain_sum, wrong] 'State the final answer" in out
+    assert scores["reasoning"]["all"] == dict(count=1, right=0.0, standard_error=0.0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from nanollama_jax.data.conversations import Message, ToolCall
 from nanollama_jax.evals import verifiable
 from nanollama_jax.infer.engine import Completion
 from nanollama_jax.tokenizer import TOOL_CALL, TURN_END
+from tests.data.test_tool_conversations import expected_calls
 from tests.infer.scripted import CUT, Scripted
 
 COUNT = 24
@@ -29,8 +30,8 @@ def test_reasoning(chat_tokenizer):
     assert [verdict.kind for verdict in verdicts[:6]] == list(reasoning.TASKS)
     assert all(verdict.question in prompt and prompt.endswith("assistant\n") for verdict, prompt in zip(verdicts, engine.prompts, strict=True))
     found = verifiable.shares(verdicts)
-    assert found["all"] == {"count": COUNT, "right": 0.25}
-    assert found["chain_sum"]["count"] == 8 and found["gcd"] == {"count": 4, "right": 0.25}
+    assert found["all"] == {"count": COUNT, "right": 0.25, "standard_error": pytest.approx((0.25 * 0.75 / COUNT) ** 0.5)}
+    assert found["chain_sum"]["count"] == 8 and found["gcd"]["count"] == 4 and found["gcd"]["right"] == 0.25
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def due() -> list[dict]:
 
 def test_tool_calls(chat_tokenizer, due):
     def replies(row):
-        name, arguments = tool_conversations.expected_calls(row)[0]
+        name, arguments = expected_calls(row)[0]
         right = ToolCall(name, arguments)
         yield (True, True), Message("assistant", "", tool_calls=(right,))
         yield (False, True), Message("assistant", "", tool_calls=(dataclasses.replace(right, arguments=changed(arguments)),))
@@ -67,12 +68,12 @@ def test_tool_calls(chat_tokenizer, due):
     for row, prompt in zip(due, engine.prompts, strict=True):
         asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
         assert all(text in prompt for text in asked) and prompt.endswith("assistant\n")
-        assert json.dumps(tool_conversations.expected_calls(row)[0][1]) not in prompt
+        assert json.dumps(expected_calls(row)[0][1]) not in prompt
 
 
 def test_tool_turns(chat_tokenizer):
     rows = [tool_conversations.conversations("test", index) for index in range(COUNT)]
-    expected = [[ToolCall(name, arguments) for name, arguments in tool_conversations.expected_calls(row)] for row in rows]
+    expected = [[ToolCall(name, arguments) for name, arguments in expected_calls(row)] for row in rows]
     due = [row["kind"] in ("call", "parallel", "chain") for row in rows]  # at once
     assert any(due) and not all(due) and any(len(calls) > 1 for calls in expected)
     ways = [

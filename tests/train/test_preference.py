@@ -235,12 +235,8 @@ def test_at_the_reference_it_is_log_2(dtype, accumulation):
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     with sharding.use_mesh(mesh):
         state, shardings = state_on(mesh, start)
-        ask = jax.jit(functools.partial(reference._logprobs, model=model, segments=SEGMENTS, chunk_tokens=CHUNK))
-        logprobs = np.zeros((len(rows.units), 2), np.float32)
-        for batch in rows.batches(len(rows) // accumulation):
-            pairs_BP = batch.pop("pairs")
-            found = np.asarray(ask(state.params, sharding.put_batch(batch, mesh), THETA)).reshape(*pairs_BP.shape, 2)
-            logprobs[pairs_BP[pairs_BP >= 0]] = found[pairs_BP >= 0]
+        settings = dict(rope_theta=THETA, mesh=mesh, batch_size=len(rows) // accumulation, chunk_tokens=CHUNK)
+        logprobs = reference.pair_logprobs(state.params, [rows], model=model, **settings)
         assert (logprobs < 0).all()
         objective = functools.partial(objectives.preference, model=model, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.0, length_normalised=False)
         run = functools.partial(

@@ -94,7 +94,7 @@ def records_of(url: str, kind: str, tokenizer: Tokenizer) -> list[tuple[dict, An
     """Good rows of a file, the record and what we read in it: of those with few characters, the ones of the fewest learnt tokens first (of a pair's
     longer answer: a float32 sum over hundreds is rounded by what the test allows)."""
     lines, found = pathlib.Path(url.removeprefix("file://")).read_text().splitlines(), []
-    for row in read_rows(url, finetuning.KINDS[kind], lambda where, mistake: None):
+    for row in read_rows(url, finetuning.PARSERS[kind], lambda where, mistake: None):
         at = int(row.where.rsplit(":", 1)[1])
         answers = row.chosen + row.rejected if kind == "preferences" else row.messages
         found.append((sum(len(message.content) for message in answers), json.loads(lines[at - 1]), row))
@@ -253,19 +253,11 @@ def trl_loss(trainer: trl.DPOTrainer, rows: list[dict]) -> tuple[float, dict[str
     return total, trainer._metrics["train"]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "segments"))
-def logprobs_step(params, batch, rope_theta, model, segments):
-    return reference._logprobs(params, batch, rope_theta, model=model, segments=segments, chunk_tokens=CHUNK)
-
-
 def our_logprobs(params, models: Models, rows: Rows) -> np.ndarray:
-    """(pairs, 2), as `reference.open_reference` has them."""
-    found = np.zeros((len(rows.units), 2), np.float32)
-    for batch in rows.batches(BATCH):
-        pairs_BP = batch.pop("pairs")
-        logprobs_BM = np.asarray(logprobs_step(params, batch, models.rope_theta, models.config, rows.max_segments))
-        found[pairs_BP[pairs_BP >= 0]] = logprobs_BM.reshape(*pairs_BP.shape, 2)[pairs_BP >= 0]
-    return found
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    with sharding.use_mesh(mesh):
+        settings = dict(model=models.config, rope_theta=models.rope_theta, mesh=mesh, batch_size=BATCH, chunk_tokens=CHUNK)
+        return reference.pair_logprobs(params, [rows], **settings)
 
 
 @functools.partial(jax.jit, static_argnames="model")
