@@ -149,15 +149,19 @@ def test_through_the_export_and_llama_cpp_a_user_says_nothing_special(tokenizer,
     assert [tokenizer.bos_id, *joined] == ids[: 1 + len(joined)]
 
 
+SURROGATE = '{"name": "x", "arguments": {"a": "\\ud800"}}'  # JSON, and no text
+
+
 def test_a_reply_is_read_back(tokenizer):
     for message in (LONG[2], LONG[7], Message("assistant", "Hello <|im_end|>")):
         whole = chat.encode((Message("user", "x"), message), tokenizer).ids.tolist()
         reply = chat.parse_reply(whole[len(chat.encode_prompt((Message("user", "x"),), tokenizer)) :], tokenizer)
         assert reply == dataclasses.replace(message, content=message.content.strip(), thought=message.thought.strip())
     call, end = tokenizer.control_id("<|tool_call|>"), tokenizer.control_id("<|im_end|>")
-    for text in ("{", "[]", '{"name": 1, "arguments": {}}', '{"name": "x"}', '{"name": "x", "arguments": []}', "[" * 5000):
+    for text in ("{", "[]", '{"name": 1, "arguments": {}}', '{"name": "x"}', '{"name": "x", "arguments": []}', "[" * 5000, SURROGATE):
         reply = chat.parse_reply([call, *tokenizer.encode(text), end, 7], tokenizer)
         assert (reply.tool_calls, reply.content) == ((), text), "what is no call is left to be seen"
+    assert chat.parse_reply([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")], tokenizer).content == "a"
 
 
 def test_extension(tokenizer, trained):

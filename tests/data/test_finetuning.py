@@ -6,7 +6,7 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.data import chat, finetuning, pipeline, rows, shards, sources
-from nanollama_jax.data.conversations import parse_conversation, read_rows
+from nanollama_jax.data.conversations import Message, parse_conversation, read_rows
 from nanollama_jax.data.preference import parse_preference
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked
@@ -72,6 +72,32 @@ def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path)
     for unit in found:
         for side in unit:
             assert (side >> 31).astype(bool).tolist() == sides[tuple((side & ~finetuning.SAID).tolist())]
+
+
+def test_a_pair_is_chosen_then_rejected_and_has_its_tools(tokenizer, tmp_path):
+    asked = [*GOOD["messages"], {"role": "user", "content": "c"}]
+    prepare(tmp_path, tokenizer, [{"prompt": asked, "chosen": "x", "rejected": "y", "tools": TOOLS}], kind="preferences")
+    ((chosen, rejected),) = opened(tmp_path, tokenizer, "preferences").units
+    for side, answer in ((chosen, "x"), (rejected, "y")):
+        prompt = chat.encode_prompt([Message(**message) for message in asked], tokenizer, TOOLS)
+        assert (side & ~finetuning.SAID)[: len(prompt)].tolist() == prompt and not (side[: len(prompt)] >> 31).any()
+        said = side[len(prompt) :]
+        assert tokenizer.show(said[said >> 31 == 1] & ~finetuning.SAID) == f"{answer}<|im_end|>"
+
+
+def test_what_just_fits_is_kept(tokenizer, tmp_path):
+    longer = {"question": "aaaa", "answer": "b"}
+    length = len(chat.encode(parse_conversation(longer, "").messages, tokenizer).ids)
+    for max_tokens, left_out in ((length, 0), (length - 1, 1)):
+        folder = tmp_path / str(max_tokens)
+        folder.mkdir()
+        assert prepare(folder, tokenizer, [GOOD, longer], max_tokens=max_tokens)["left_out"]["too long"] == left_out
+
+
+def test_rows_are_not_in_the_order_of_the_file(tokenizer, tmp_path):
+    prepare(tmp_path, tokenizer, [{"question": f"{i:02}", "answer": "b"} for i in range(50)])
+    found, again = ([tokenizer.decode(unit[0] & ~finetuning.SAID) for unit in opened(tmp_path, tokenizer, "conversations").units] for _ in range(2))
+    assert found == again and len(set(found)) == 50 and found != sorted(found)
 
 
 def test_one_question_is_on_one_side(tokenizer, tmp_path):

@@ -117,6 +117,13 @@ def test_a_row_is_told_by_its_keys():
             "the prompts of `chosen` and `rejected` differ, at message 1",
         ),
         ({"chosen": HH["chosen"], "rejected": HH["rejected"].replace("2?", "3?")}, "the prompts of `chosen` and `rejected` differ, at message 1"),
+        (
+            {
+                side: [{"from": "system", "value": f"<tools>[{{'name': '{side}'}}]</tools>"}, USER, answer]
+                for side, answer in (("chosen", ANSWER), ("rejected", WRONG))
+            },
+            "the prompts of `chosen` and `rejected` differ, at message 2 or in their tools",
+        ),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, WRONG]}, "one of `chosen` and `rejected` is the beginning of the other"),
         ({"chosen": [USER, ANSWER], "rejected": [USER]}, "`rejected`: no message is the assistant's"),
         ({"chosen": HH["chosen"], "rejected": HH["rejected"][:-2]}, "`rejected`: message 2: `content` is empty"),
