@@ -133,6 +133,32 @@ def test_the_reference_is_the_same_on_two_devices(data, fsdp, tmp_path):
     np.testing.assert_allclose(*(each.logprobs for each in found), rtol=1e-5)
 
 
+def test_every_change_of_the_data_or_the_weights_changes_their_fingerprint():
+    def of_data(change) -> str:
+        rows = pair_rows()
+        change(rows.units)
+        return reference.fingerprint(Feed({}, None, {}, [rows]))
+
+    def another_token(units):
+        units[1][0] = units[1][0] ^ np.eye(1, len(units[1][0]), 2, dtype=np.uint32)[0]
+
+    def not_learnt(units):
+        units[1][1] = units[1][1] & np.uint32(2**31 - 1)
+
+    def other_sides(units):
+        units[1].reverse()
+
+    def other_order(units):
+        units[:2] = units[1::-1]
+
+    changes = (lambda units: None, another_token, not_learnt, other_sides, other_order)
+    assert len({of_data(change) for change in changes}) == len(changes)
+    start = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+    others = [start, start | {"b": jnp.ones(3).at[1].set(1 + 2**-23)}, start | {"a": start["a"][::-1]}, start | {"a": start["a"].at[:, :2].set(0)}]
+    others += [start | {"a": start["a"][:, jnp.array([1, 0, 2])]}, {"b": start["a"], "a": start["b"]}]
+    assert len({reference.checksum(params) for params in others}) == len(others)
+
+
 OBJECTIVES = {
     "next_token": (functools.partial(objectives.next_token, model=MODEL, z_loss=1e-4, chunk_tokens=CHUNK), conversations),
     "preference": (
