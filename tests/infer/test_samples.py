@@ -34,14 +34,15 @@ def test_a_prompt_that_fills_the_context_is_refused_before_training(chat_tokeniz
 def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):
     reply = runpy.run_path(str(ROOT / "tools" / "chat.py"))["reply"]
     wrong = ToolCall("get_price", {"item": "lamp", "city": "Atlantis"})
-    calls = (wrong, ToolCall("fly", {}), ToolCall("get_price", {"item": "lamp", "city": "Oslo"}))
+    calls = (wrong, ToolCall("get_weather", {"city": "Oslo", "date": "2026-08-02"}), ToolCall("get_price", {"item": "lamp", "city": "Oslo"}))
     engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=calls), Message("assistant", "It is cheap.", "I see.")])
     shown = io.StringIO()
     offered = parse_tools([tools.schema("get_price")])
     messages = reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, rich.console.Console(file=shown, width=200))
+    assert tools.execute(calls[1].name, calls[1].arguments), "there is, but it was not offered"
     price = tools.execute("get_price", {"item": "lamp", "city": "Oslo"})["price"]
     results = [message.content for message in messages if message.role == "tool"]
-    assert "Atlantis is unknown" in results[0] and "there is no tool 'fly'" in results[1] and results[2] == f'{{"price": {price}}}'
+    assert "Atlantis is unknown" in results[0] and "there is no tool 'get_weather'" in results[1] and results[2] == f'{{"price": {price}}}'
     assert all(result in engine.prompts[1] for result in results[2:]) and engine.prompts[0] in engine.prompts[1]
     assert shown.getvalue().rstrip().endswith("thinks: I see.\n  says: It is cheap.")
     # One that only ever calls is stopped.
