@@ -57,6 +57,7 @@ def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
     assert "already extended for chat: SFT starts from a base model's checkpoint" in refused("sft", "sft")
     assert "with those of chats: name an SFT run of this scale" in refused("dpo", "phase3")
     assert "was trained up to rope theta 10000.0: set rope.start_theta=10000.0" in refused("sft", "phase1")
+    assert "was trained up to rope theta 500000.0: set rope.start_theta=500000.0" in refused("sft", "phase3", "--config.rope.start_theta=10000.0")
     assert "the vocabulary is already extended" in refused("sft", "phase3", f"--config.tokenizer.base={lab.root}/tokenizer_chat.model")
     assert "conversations of a row would see each other" in refused("sft", "phase3", "--config.model.document_mask=False")
     assert "dpo has neither a z-loss nor a perplexity" in refused("dpo", "sft", "--config.loss.z_loss=1e-4")
