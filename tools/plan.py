@@ -46,12 +46,14 @@ def plan_stage(config: ConfigDict, console) -> None:
     rate = plan.tokens_per_second(model, config.seq_len, gpu, devices, MFU.value)
     tokens = (config.end_step - config.start_step) * config.tokens_per_step
     checkpoint, on_disk = plan.checkpoint_bytes(model), plan.checkpoints_kept(config)
+    days = tokens / rate / 86_400
+    duration = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
     own_rows = config.batch_size // (config.accumulation * devices)
     lines = [
         f"{config.name}: {model.num_params:,} parameters on {devices} {TARGET.value}, {model.attention} attention, {model.dtype}",
         f"  a step: {config.batch_size} rows of {config.seq_len:,} tokens in {config.accumulation} micro-batch(es), {own_rows} rows a device each",
         f"  FLOPs a token: {flops / 1e9:.2f}e9, causal ({plan.nominal_flops(model, config.seq_len) / 1e9:.2f}e9 nominal)",
-        f"  at {MFU.value:.0%} MFU: {rate:,.0f} tokens/s, {tokens / 1e9:,.2f}e9 tokens in {tokens / rate / 86_400:.1f} days",
+        f"  at {MFU.value:.0%} MFU: {rate:,.0f} tokens/s, {tokens / 1e9:,.2f}e9 tokens in {duration}",
         f"  disk: {checkpoint / 1e9:.1f} GB a checkpoint, {on_disk} kept at the end: {checkpoint * on_disk / 1e9:,.0f} GB; "
         f"{2 * tokens / 1e9:,.0f} GB of tokenised text if none is read twice",
     ]
@@ -88,7 +90,7 @@ def main(_: list[str]) -> None:
     with one_line_errors():
         if REMAT.value and not COMPILE.value:
             raise BadInput("--remat goes with --compile: without it all policies are shown")
-        console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 100)  # of a pipe rich would assume 80
+        console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # of a pipe rich would assume 80
         for stage in stages_of(CONFIG.value).values():
             plan_stage(stage, console)
 
