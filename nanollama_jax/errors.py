@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from absl import flags, logging
 
+from nanollama_jax.console import console, error_console
+
 
 class BadInput(Exception):
     """The user's input is wrong; the message is one line: what is wrong, and what to change."""
@@ -32,13 +34,13 @@ def one_line_errors() -> Iterator[None]:
         if error.strerror is None:  # not from the operating system
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole", file=sys.stderr)
+        error_console.print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted; what was saved is whole", file=sys.stderr)
+        error_console.print("error: interrupted; what was saved is whole")
         sys.exit(130)
     except (BadInput, RunStopped) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        error_console.print(f"error: {' '.join(str(error).split())}")
         sys.exit(2 if isinstance(error, BadInput) else 3)
 
 
@@ -47,7 +49,7 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
 
     def parse(argv: list[str]) -> list[str]:
         if "--help" in argv or "-h" in argv:
-            print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
+            console.print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
             sys.exit(0)
         with one_line_errors():
             try:

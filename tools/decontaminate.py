@@ -15,10 +15,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from rich.console import Console
-from rich.table import Table
-
 from configs.corpora import BENCHMARKS
+from nanollama_jax.console import Table, console
 from nanollama_jax.data import decontaminate, shards, sources
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.files import write_json
@@ -54,8 +52,8 @@ def main() -> None:
     table = Table("benchmark", "items", "found", "in documents", title=arguments.out)
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
-    Console().print(table)
-    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
+    console.print(table)
+    console.print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
 
 
 _started = _last = time.monotonic()
@@ -65,7 +63,7 @@ def show(documents: int, size: int, hits: int) -> None:
     global _last
     if (now := time.monotonic()) - _last >= 10:
         _last = now
-        print(f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits", flush=True)
+        console.print(f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits")
 
 
 if __name__ == "__main__":

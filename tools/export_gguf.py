@@ -11,6 +11,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
+from nanollama_jax.console import console
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.export import gguf
 
@@ -26,7 +27,7 @@ def main() -> None:
         loaded = checkpoint.load(arguments.checkpoint)
         gguf.export(loaded, arguments.out, arguments.type, overwrite=arguments.overwrite)
     size = pathlib.Path(arguments.out).stat().st_size
-    print(f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.type}, {size / 1e6:,.1f} MB)")
+    console.print(f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.type}, {size / 1e6:,.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from nanollama_jax.console import console
 from nanollama_jax.data.prepare import train_tokenizer_for
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ def main() -> None:
             raise BadInput(f"{arguments.out} exists: remove it or choose another --out")
         train_tokenizer_for(arguments.source, arguments.out, arguments.vocab_size, arguments.max_bytes)
         tokenizer = Tokenizer(arguments.out)
-    print(f"{arguments.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
+    console.print(f"{arguments.out}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}")
 
 
 if __name__ == "__main__":

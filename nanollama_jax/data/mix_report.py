@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from nanollama_jax.console import Table
 from nanollama_jax.data.mix import MAX_EPOCHS, Mix, Rows, context_bins, repetition_warnings, tokens_on_disk
 from nanollama_jax.data.pipeline import Batch
 from nanollama_jax.files import whole_file
