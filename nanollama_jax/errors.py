@@ -29,6 +29,8 @@ def one_line_errors() -> Iterator[None]:
     """
     logging.set_verbosity(logging.FATAL)
     try:
+        if strange := next((word for word in sys.argv if word != word.encode(errors="ignore").decode()), None):
+            raise BadInput(f"{strange!r} on the command line is not UTF-8: rename it, or set PYTHONUTF8=1 if the terminal is UTF-8")
         yield
     except OSError as error:
         if error.strerror is None:  # not from the operating system

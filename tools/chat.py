@@ -29,9 +29,7 @@ MAX_CALLS = 4  # messages that call, one after another
 COLOURS = {"thinks": "dim italic", "calls": "yellow", "result": "cyan"}
 
 
-def reply(
-    engine: Engine, messages: list[Message], offered: Tools, sampling: Sampling, max_new_tokens: int, console: Console = console
-) -> list[Message]:
+def reply(engine: Engine, messages: list[Message], offered: Tools, sampling: Sampling, max_new_tokens: int, console: Console) -> list[Message]:
     """`messages` with the model's answer, and the calls and results before it; each is shown."""
 
     def show(what: str, text: str) -> None:

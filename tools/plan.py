@@ -62,7 +62,7 @@ def plan_stage(config: ConfigDict) -> None:
     table = Table(title=f"GB a device, of {limit / 1e9:.1f} that a run may use", title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     columns = ("remat", "state", "gradients", "kept", "working", "cuDNN", "in all", "fits", "most rows")
     for name in (*columns, *(("compiler", "ours / its") if COMPILE.value else ())):
-        table.add_column(name, justify="left" if name == "remat" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "remat" else "right")
     console.print("\n".join(lines))
     for remat in REMAT_POLICIES:
         of_policy = dataclasses.replace(model, remat=remat)

@@ -107,7 +107,7 @@ def _incomplete(tasks: int, logs: Path) -> list[int]:
 def _describe_failures(ranks: Sequence[int], logs: Path) -> str:
     rank, more = ranks[0], f", and so did {len(ranks) - 1} more" if len(ranks) > 1 else ""
     log = logs / "logs" / f"task_{rank:05d}.log"
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     reason = "it was killed (out of memory, or time?), or never begun"
     if any(" | ERROR " in line for line in lines):  # a traceback follows, and the exception is its last line
         reason = next(line for line in reversed(lines) if line.strip()).removeprefix(f"{BadInput.__module__}.BadInput: ")
@@ -202,7 +202,7 @@ def _start_worker(counts: Any, stop: multiprocessing.connection.Connection) -> N
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops us
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  datatrove logs to it; errors reach the parent as exceptions
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  datatrove logs to it; errors reach the parent as exceptions
 
     def exit_with_parent() -> None:
         # The pipe ends when the parent closes it or dies, even by kill -9: a worker that outlived it would write into its successor's shards.

@@ -78,7 +78,7 @@ def prepare(
         if not splits["train"]["documents"]:
             why = ", ".join(f"{count} {reason}" for reason, count in (counts | {"in validation": splits["validation"]["documents"]}).items())
             raise BadInput(f"{name}: no row of {url} is left to train on ({why}): check it, or lower data.tuning_validation_fraction")
-        (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
+        (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines), encoding="utf-8")
         manifest = settings | {"left_out": counts, "splits": splits}
         write_json(out_dir / MANIFEST, manifest)
     return manifest
