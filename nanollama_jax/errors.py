@@ -4,9 +4,11 @@ Code that finds a user's mistake (a missing corpus, a batch that the mesh cannot
 commands run inside `one_line_errors`, which prints it without a traceback. Any other exception is a bug and keeps its traceback.
 """
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import flags, logging
 
@@ -19,6 +21,17 @@ class BadInput(Exception):
 
 class RunStopped(Exception):
     """A run stopped itself (a gate, updates that stay non-finite); the message is one line: why, and how to go on. Nothing saved is lost."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a module's docstring as its help; a mistake on the command line is one line on stderr and exit status 2."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")
+        sys.exit(2)
 
 
 @contextlib.contextmanager

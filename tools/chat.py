@@ -7,7 +7,6 @@ python tools/chat.py --checkpoint runs/curriculum_nano --tools calculate,get_wea
 The tools are those of the built-in training data (nanollama_jax/data/tools.py); a call is run and its result given to the model.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -20,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax.console import Console, console, error_console
 from nanollama_jax.data import chat, tools
 from nanollama_jax.data.conversations import Message, Tools, parse_tools
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 from nanollama_jax.infer.sampling import Sampling
@@ -67,7 +66,7 @@ def typed() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     parser.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a user's message; several make one conversation")
     parser.add_argument("--system", metavar="TEXT", help="the system's message")

@@ -6,7 +6,6 @@ python tools/check_finetuning_data.py 'file://chats/*.jsonl'
 python tools/check_finetuning_data.py file://pairs.jsonl.zst 'hf://NousResearch/hermes-function-calling-v1?name=func_calling' --strict
 """
 
-import argparse
 import collections
 import pathlib
 import re
@@ -16,13 +15,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax.console import Table, console
 from nanollama_jax.data.preference import check
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 
 COLUMNS = ("rows", "good", "bad", "pairs", "turns", "with thoughts", "with tools", "with calls", "characters")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("url", nargs="+", metavar="URL", help="a source, as in nanollama_jax/data/sources.py")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
     arguments = parser.parse_args()

@@ -3,7 +3,6 @@
 python tools/compare_exports.py --checkpoint runs/1b/phase3 --hf exports/1b --gguf exports/1b-f16.gguf --gguf exports/1b-q4_k_m.gguf
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -12,13 +11,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import numpy as np
 
 from nanollama_jax.console import console
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export.compare import Difference, LlamaCpp, Transformers, transformers_is_installed
 from nanollama_jax.infer.engine import Engine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     parser.add_argument("--hf", metavar="DIR", help="what tools/export_hf.py wrote")
     parser.add_argument("--gguf", action="append", default=[], metavar="FILE", help="what tools/export_gguf.py wrote; can be given several times")

@@ -8,7 +8,6 @@ Names of benchmarks, which say how their records are read: mmlu, gsm8k, hellaswa
 document, item and span of each hit.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -18,13 +17,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs.corpora import BENCHMARKS
 from nanollama_jax.console import Table, console
 from nanollama_jax.data import decontaminate, shards, sources
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("text", help="a source URL, or the folder of a prepared corpus")
     parser.add_argument(
         "--benchmark", action="append", default=[], metavar="NAME=URL", help="may be given several times (default: those of the recipes)"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console, track
 from nanollama_jax.data import sources
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
 from nanollama_jax.files import write_json
@@ -36,7 +36,7 @@ TASKS = ("perplexity", *ASKED)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the results")

@@ -4,7 +4,6 @@ python tools/export_hf.py --checkpoint runs/curriculum_nano --out runs/curriculu
 python tools/export_hf.py --checkpoint runs/1b/phase3/checkpoints/step_230000 --out exports/1b --dtype float32
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -12,12 +11,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import hf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="bfloat16", help="of the weights (default: %(default)s)")

@@ -6,7 +6,6 @@ python tools/generate.py --checkpoint runs/curriculum_nano --prompts prompts.txt
 python tools/generate.py --checkpoint runs/curriculum_nano --prompt 'An answer: ' --json_schema schema.json
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -18,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax.console import console, error_console, track
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.files import whole_file
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import json_schema
@@ -85,7 +84,7 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")

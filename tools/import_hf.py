@@ -5,7 +5,6 @@ python tools/import_hf.py --folder downloads/TinyLlama-1.1B --workdir runs/tinyl
 python tools/import_hf.py --llama2c stories15M.bin --tokenizer tokenizer.bin --workdir runs/stories15M
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -13,12 +12,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import hf, llama2c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--folder", metavar="DIR", help="a Hugging Face folder: config.json, *.safetensors, tokenizer.model")
     source.add_argument("--llama2c", metavar="FILE", help="a checkpoint of llama2.c, version 0")

@@ -7,7 +7,6 @@ Source URLs: nanollama_jax/data/sources.py; write them as the recipe does, for a
 and memory: nanollama_jax/data/near_duplicates.py.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -15,11 +14,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax.console import Table, console
 from nanollama_jax.data.near_duplicates import find_near_duplicates
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import ArgumentParser, one_line_errors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE_URL", help="of duplicates, the first source's is kept")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the report, JSON")
     parser.add_argument("--threshold", type=float, default=0.8, help="Jaccard similarity from which two are duplicates (default: %(default)s)")

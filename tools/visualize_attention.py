@@ -4,7 +4,6 @@ python tools/visualize_attention.py --checkpoint runs/curriculum_nano --text_fil
 python tools/visualize_attention.py --checkpoint runs/1b --text_file book.txt --max_tokens 16384 --layers 0,10,21
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -12,12 +11,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.infer.attention_maps import attention_maps, choose_layers, plot, read_tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
     parser.add_argument("--text_file", required=True, metavar="FILE", help="a UTF-8 text; what is longer than the context is cut off")
     parser.add_argument("--out", default="attention_visualizations.png", metavar="PNG", help="where to draw (default: %(default)s)")
