@@ -6,11 +6,11 @@ The tokenizer and the corpora come first, so that one command goes from raw text
 import pathlib
 
 import jax
-import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
 from nanollama_jax.checkpoint import TASKS
+from nanollama_jax.console import Table
 from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
@@ -104,7 +104,7 @@ def summarise(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
     """Prints what each stage did and writes `WORKDIR/curves.png` and `summary.json`."""
     names, pretraining = list(stages), [name for name, stage in stages.items() if stage.task == "pretrain"]
     rows = {name: metrics.read_rows(workdir / name / "metrics.jsonl") for name in names}
-    table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
+    table = Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
     summary = {}
     for name in names:
         steps = [row for row in rows[name] if "loss" in row]

@@ -4,11 +4,15 @@ Code that finds a user's mistake (a missing corpus, a batch that the mesh cannot
 commands run inside `one_line_errors`, which prints it without a traceback. Any other exception is a bug and keeps its traceback.
 """
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import flags, logging
+
+from nanollama_jax.console import console, error_console
 
 
 class BadInput(Exception):
@@ -19,6 +23,17 @@ class RunStopped(Exception):
     """A run stopped itself (a gate, updates that stay non-finite); the message is one line: why, and how to go on. Nothing saved is lost."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a module's docstring as its help; a mistake on the command line is one line on stderr and exit status 2."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")
+        sys.exit(2)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns `BadInput`, and what the operating system refuses, into one line on stderr and exit status 2; `RunStopped` into one and status 3.
@@ -27,18 +42,20 @@ def one_line_errors() -> Iterator[None]:
     """
     logging.set_verbosity(logging.FATAL)
     try:
+        if strange := next((word for word in sys.argv if word != word.encode(errors="ignore").decode()), None):
+            raise BadInput(f"{strange!r} on the command line is not UTF-8: rename it, or set PYTHONUTF8=1 if the terminal is UTF-8")
         yield
     except OSError as error:
         if error.strerror is None:  # not from the operating system
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole", file=sys.stderr)
+        error_console.print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted; what was saved is whole", file=sys.stderr)
+        error_console.print("error: interrupted; what was saved is whole")
         sys.exit(130)
     except (BadInput, RunStopped) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        error_console.print(f"error: {' '.join(str(error).split())}")
         sys.exit(2 if isinstance(error, BadInput) else 3)
 
 
@@ -47,7 +64,7 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
 
     def parse(argv: list[str]) -> list[str]:
         if "--help" in argv or "-h" in argv:
-            print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
+            console.print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
             sys.exit(0)
         with one_line_errors():
             try:

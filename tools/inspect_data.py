@@ -15,8 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 
+from nanollama_jax.console import console
 from nanollama_jax.curriculum import stages_of
 from nanollama_jax.data import mix, mix_report
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
@@ -53,8 +53,7 @@ def main(_: list[str]) -> None:
         if not names:
             raise BadInput(f"{', '.join(stages)} trains on conversations: tools/check_finetuning_data.py reads those")
         pictures = picture_paths(pathlib.Path(OUT.value), names) if OUT.value is not None else {}
-        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal has
-        console, tokenizer = Console(highlight=False, markup=False), Tokenizer(config.tokenizer.path)
+        tokenizer = Tokenizer(config.tokenizer.path)
         stages = [mix.open_mix(stages[name], tokenizer) for name in names]
         for stage in stages:
             rows = {name: mix.read_rows(stage, name, tokenizer, ROWS.value, console) for name in stage.sources}

@@ -22,6 +22,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from nanollama_jax import settings
+from nanollama_jax.console import Table, console
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 from nanollama_jax.model.config import REMAT_POLICIES
 
@@ -33,9 +34,8 @@ COMPILE = flags.DEFINE_string("compile", None, "XLA's description of the GPU, to
 REMAT = flags.DEFINE_enum("remat", None, list(REMAT_POLICIES), "With --compile: this policy only. Default: all that fit.")
 
 
-def plan_stage(config: ConfigDict, console) -> None:
+def plan_stage(config: ConfigDict) -> None:
     from rich import box
-    from rich.table import Table
 
     from nanollama_jax.train import memory, plan
     from nanollama_jax.train.compile_for import compile_for
@@ -62,8 +62,8 @@ def plan_stage(config: ConfigDict, console) -> None:
     table = Table(title=f"GB a device, of {limit / 1e9:.1f} that a run may use", title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     columns = ("remat", "state", "gradients", "kept", "working", "cuDNN", "in all", "fits", "most rows")
     for name in (*columns, *(("compiler", "ours / its") if COMPILE.value else ())):
-        table.add_column(name, justify="left" if name == "remat" else "right", no_wrap=True)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+        table.add_column(name, justify="left" if name == "remat" else "right")
+    console.print("\n".join(lines))
     for remat in REMAT_POLICIES:
         of_policy = dataclasses.replace(model, remat=remat)
         took = memory.step_memory(of_policy, **shape)
@@ -76,23 +76,20 @@ def plan_stage(config: ConfigDict, console) -> None:
         table.add_row(*row)
     console.print(table)
     try:
-        console.print(f"remat=auto takes {memory.fastest_remat(model, limit, **shape)}\n", markup=False)
+        console.print(f"remat=auto takes {memory.fastest_remat(model, limit, **shape)}\n")
     except BadInput as error:
-        console.print(f"{error}\n", markup=False, soft_wrap=True)
+        console.print(f"{error}\n")
 
 
 def main(_: list[str]) -> None:
     settings.apply()
-    import rich.console
-
     from nanollama_jax.curriculum import stages_of
 
     with one_line_errors():
         if REMAT.value and not COMPILE.value:
             raise BadInput("--remat goes with --compile: without it all policies are shown")
-        console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # of a pipe rich would assume 80
         for stage in stages_of(CONFIG.value).values():
-            plan_stage(stage, console)
+            plan_stage(stage)
 
 
 if __name__ == "__main__":
