@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
         elif COORDINATOR.value:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         settings.keep_compiled()
-        workdir = WORKDIR.value or default_workdir()
+        workdir = default_workdir() if WORKDIR.value is None else WORKDIR.value
         if "stages" in CONFIG.value:
             curriculum.run(CONFIG.value, workdir)
         else:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
 from nanollama_jax.checkpoint import TASKS
+from nanollama_jax.config import check, check_workdir
 from nanollama_jax.console import Table
 from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
@@ -64,6 +65,8 @@ def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
 
 def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     """True when every stage is finished, False when a signal stopped one. Raises BadInput or RunStopped as the stages do."""
+    check(config)
+    check_workdir(workdir)
     workdir = pathlib.Path(workdir)
     names = stage_names(config)
     stages = {}

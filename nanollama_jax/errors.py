@@ -6,6 +6,7 @@ commands run inside `one_line_errors`, which prints it without a traceback. Any 
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -62,6 +63,8 @@ def one_line_errors() -> Iterator[None]:
 def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
     """For `app.run`: parses as absl does, but a mistake on the command line, or a recipe that does not load, ends in one line."""
 
+    from nanollama_jax.config import check  # which imports this module
+
     def parse(argv: list[str]) -> list[str]:
         if "--help" in argv or "-h" in argv:
             console.print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
@@ -73,11 +76,27 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
                     raise ValueError(f"unexpected argument {rest[1]!r}: overrides are written --config.NAME=VALUE")
                 if config.value is None:
                     raise ValueError("there is no --config: try --config configs/curriculum.py:nano")
-                config.value.get("scale")  # a recipe that does not load says so only when it is looked at
+                check(config.value)  # a recipe that does not load says so only when it is looked at
                 return rest
+            except SyntaxError as error:
+                raise BadInput(f"command line: {error.filename}:{error.lineno} is not Python, so not a recipe: {error.msg}") from None
             except (AttributeError, KeyError) as error:
-                raise BadInput(f"command line: there is no such name in this config: {str(error.args[0]).strip(chr(34) + chr(39))}") from None
+                raise BadInput(f"command line: {_no_such_name(error, argv)}") from None
             except (flags.Error, TypeError, ValueError, OSError) as error:
                 raise BadInput(f"command line: {error}") from None
 
     return parse
+
+
+def _no_such_name(error: AttributeError | KeyError, argv: list[str]) -> str:
+    """The override in `argv` that ml_collections found no setting for, or, where none is to blame, why the recipe does not load."""
+    from nanollama_jax.config import did_you_mean
+
+    said = str(error.args[0])
+    overrides = [argument.removeprefix("--config.").partition("=")[0] for argument in argv if argument.startswith("--config.")]
+    quoted = re.findall(r"[\w.+-]+", said)[:1]  # its message begins with the name
+    for name in overrides:
+        if set(quoted) & set(name.split(".")):
+            near = re.search(r'Did you mean "(.+?)"', said)
+            return f"there is no such name in this config: {name}{did_you_mean(name) or (f'; did you mean {near[1]}?' if near else '')}"
+    return f"the recipe does not load: {said}"

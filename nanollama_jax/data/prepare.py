@@ -70,7 +70,7 @@ class WriteTokens(PipelineStep):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         tokenizer, index = self.tokenizer, decontaminate.load_index(self.benchmarks) if self.benchmarks else None
-        dtype = np.dtype(_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         writers = {split: ShardWriter(self.out_dir, f"{split}-{rank:05d}", self.shard_tokens) for split in SPLITS}
         max_tokens = -(-self.max_tokens // world_size) or np.inf
         counts, hits, removed = np.zeros(3, np.int64), [], Counter()
@@ -170,7 +170,7 @@ def prepare_source(
                     f"source {name} has {documents} documents and none fell into {split} at validation_fraction={validation_fraction}: "
                     f"{change} data.validation_fraction and remove {out_dir}"
                 )
-        manifest = {"name": name, "licence": licence, "dtype": _dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
+        manifest = {"name": name, "licence": licence, "dtype": token_dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"left_out": _left_out(logs, tasks)}
         manifest |= {"decontamination": decontamination, "splits": splits}
         verify_shards(out_dir, manifest, checksums=begun)
@@ -205,7 +205,8 @@ def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | N
     return {"policy": policy, "benchmarks": benchmarks, "benchmarks_sha256": hashlib.sha256(items.read_bytes()).hexdigest(), **counts}
 
 
-def _dtype(vocab_size: int) -> str:
+def token_dtype(vocab_size: int) -> str:
+    """In which a document's token ids are kept."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint, sharding
+from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.export.model_card import provenance
@@ -55,6 +56,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     with contextlib.ExitStack() as cleanup:
         # ---- Settle the config and the workdir
         model = settle(config)
+        check_workdir(workdir)
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
