@@ -459,12 +459,12 @@ def read_call(*row):
 def test_calls_without_arguments():
     optional = ADD | {"parameters": ADD["parameters"] | {"required": []}}
     for tool in ({"name": "now"}, {"name": "now", "parameters": {}}, ADD, optional):
-        assert [read_call(tool, *given) for given in ([], [None], [""], [" "], ["null"], ["{}"], [{}])] == [{}] * 7
+        assert [read_call(tool, *passed) for passed in ([], [None], [""], [" "], ["null"], ["{}"], [{}])] == [{}] * 7
     required = ADD | {"parameters": ADD["parameters"] | {"required": ["a"]}}
-    for given in ([], [None], [""], ["null"]):
-        assert "`arguments` of a call of 'add' is missing, and ['a'] is required: give them" in mistake(call_of(required, *given))
-    for given in ("{", "0", "[]", 0, False, []):
-        assert "`arguments` of a call of 'add' is " in mistake(call_of(ADD, given))
+    for passed in ([], [None], [""], ["null"]):
+        assert "`arguments` of a call of 'add' is missing, and ['a'] is required: give them" in mistake(call_of(required, *passed))
+    for text in ("{", "0", "[]", 0, False, []):
+        assert "`arguments` of a call of 'add' is " in mistake(call_of(ADD, text))
     for key, value in (("parameters", {"a": 2}), ("input", {"a": 2}), ("args", '{"a": 2}'), ("kwargs", [2])):
         row = changed(call_of(ADD), value, "messages", 1, "tool_calls", 0, key)
         assert f"a call of 'add' has `{key}`, not `arguments`" in mistake(row)
@@ -532,19 +532,19 @@ def test_where_the_parameters_of_a_tool_stand():
             parse_tools([ADD | {"parameters": schema | {key: value}}])
 
 
-def results_of(ids, given) -> list[dict]:
+def results_of(ids, answered) -> list[dict]:
     calls = [{"id": each, "function": {"name": "add", "arguments": {"a": at}}} for at, each in enumerate(ids)]
-    results = [{"role": "tool", "content": f"of {each}"} | ({} if each is None else {"tool_call_id": each}) for each in given]
+    results = [{"role": "tool", "content": f"of {each}"} | ({} if each is None else {"tool_call_id": each}) for each in answered]
     return TOOL_USE | {"messages": [USER, {"role": "assistant", "tool_calls": calls}, *results, ANSWER]}
 
 
 def test_results_are_put_in_the_order_of_their_calls():
-    for given in ("abc", "cab", "bca"):
-        assert [message.content for message in messages(results_of("abc", given))[2:-1]] == ["of a", "of b", "of c"]
+    for answered in ("abc", "cab", "bca"):
+        assert [message.content for message in messages(results_of("abc", answered))[2:-1]] == ["of a", "of b", "of c"]
     assert [message.content for message in messages(results_of([7, 8], [8, 7]))[2:-1]] == ["of 7", "of 8"]
-    for ids, given in (("ab", [None, None]), ([None, None], "ab"), ([None, "b"], "ba")):
-        assert [m.content for m in messages(results_of(ids, given))[2:-1]] == [f"of {each}" for each in given], "no ids: in their order"
-    for ids, given, says in (
+    for ids, answered in (("ab", [None, None]), ([None, None], "ab"), ([None, "b"], "ba")):
+        assert [m.content for m in messages(results_of(ids, answered))[2:-1]] == [f"of {each}" for each in answered], "no ids: in their order"
+    for ids, answered, says in (
         ("ab", "ax", "message 4: `tool_call_id` is 'x', where one of ['b'] is due: correct the ids"),
         ("ab", "aa", "message 4: `tool_call_id` is 'a', where one of ['b'] is due"),
         ("ab", "abb", "message 5: `tool_call_id` is 'b', where one of [] is due"),
@@ -552,7 +552,7 @@ def test_results_are_put_in_the_order_of_their_calls():
         ("ab", "b", "message 4: of the calls ['a', 'b'] not each has a result"),
         ("ab", ["a", None], "message 5: of the calls ['a', 'b'] not each has a result"),
     ):
-        assert says in mistake(results_of(ids, given))
+        assert says in mistake(results_of(ids, answered))
     shared = {"conversations": [{"from": "human", "value": "a"}, results_of("ab", "")["messages"][1] | {"from": "gpt", "value": ""}]}
     shared["conversations"] += [{"from": "tool", "value": f"of {each}", "tool_call_id": each} for each in "ba"] + [{"from": "gpt", "value": "c"}]
     assert [message.content for message in messages(shared | {"tools": [ADD]})[2:4]] == ["of a", "of b"]

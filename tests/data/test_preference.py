@@ -136,7 +136,7 @@ def test_margins_ranks_and_what_is_no_score():
         assert f"`{key}` is 'large', not a finite number" in mistake(TEXTS | {key: "large"}, parse_preference)
     assert parse_preference(TEXTS | {"chosen_rank": 1, "rejected_rank": 4}, "x:1") == PAIR, "the first is the best"
     assert "contradicts the labels" in mistake(TEXTS | {"rank_chosen": 4, "rank_rejected": 1}, parse_preference)
-    others = {"chosen-model": "a", "chosen_generating_model": "b", "chosen_length": 9, "rejected_length": 10, "score": "good", "rating": [9, 9]}
+    others = {"chosen-model": "a", "chosen_generating_model": "b", "chosen_length": 9, "rejected_length": 10, "score": "good"}
     assert parse_preference(TEXTS | others, "x:1") == PAIR
     assert "`chosen` equals" in mistake(TEXTS | {"rejected": "4", "score_chosen": 8, "score_rejected": 7}, parse_preference)
 
