@@ -24,7 +24,6 @@ _UNENFORCEABLE = {
     "oneOf constraints are not": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
     "Failed to generate regex for": "`minimum` or `maximum` is too large to enforce (integers: ±2^63)",
     "(?s:.{": "`minLength` or `maxLength` is too large to enforce",
-    "Unknown format": "`format` is not one that can be enforced",
     "regex parse error": "`pattern` is not a regex that can be enforced",
 }
 
@@ -99,6 +98,8 @@ def _enforceable(schema: str) -> str:
     source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
     if problem := LLMatcher.validate_grammar(source):
         named = next((words for found, words in _UNENFORCEABLE.items() if found in problem), "")
+        if unknown := re.fullmatch("Unknown format: (.*)", problem):
+            named = f"`format` {unknown[1]!r} cannot be enforced"
         raise BadInput(f"{named or gist(problem)}: change or remove it")
     return source
 
