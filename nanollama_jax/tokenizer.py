@@ -214,7 +214,11 @@ class Tokenizer:
         for name, kind in merged.items():
             if kind == kinds.NORMAL and len(name) > 1:
                 of_score.setdefault(scores[name], []).append(name)
-        if tied := next((names for names in of_score.values() if len(names) > 1 and any(len(set(name)) > 1 for name in names)), None):
+        letters = {name for name, kind in merged.items() if kind == kinds.NORMAL and len(name) == 1}
+        normal = [piece.piece for piece in proto.pieces if piece.type == kinds.NORMAL]
+        if without := [name for name in normal if len(name) > 1 and not letters.issuperset(name)]:
+            found["tokenizer.json"] = f"has pieces of characters that are no pieces ({named(without)})"
+        elif tied := next((names for names in of_score.values() if len(names) > 1 and any(len(set(name)) > 1 for name in names)), None):
             found["tokenizer.json"] = f"has {len(tied)} pieces of the same score ({named(tied)})"
         return found
 
