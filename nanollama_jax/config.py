@@ -62,9 +62,7 @@ SOME_NAMES = Form("a tuple of at least one name, such as ('docs',)", lambda valu
 LINE = Form("one line of text", lambda value: bool(_LINE.fullmatch(value)))
 PATH = Form("a path, on one line and not empty", lambda value: bool(value) and LINE.accepts(value))
 URL = Form("a source's URL, on one line and not empty", PATH.accepts)
-OUTPUT_FOLDER = Form(
-    "a folder, on one line: neither empty, nor '/', nor this repository or one of its source folders", _is_output_folder
-)
+OUTPUT_FOLDER = Form("a folder, on one line: neither empty, nor '/', nor this repository or one of its source folders", _is_output_folder)
 PROMPTS = Form(
     "a tuple of texts, none empty, such as ('What is 2 + 3?',)",
     lambda value: all(isinstance(text, str) and text.strip() and _TEXT.fullmatch(text) for text in value),
@@ -322,7 +320,7 @@ def _mistake(prefix: str, path: tuple[str, ...], value: Any) -> str | None:
 
 
 def did_you_mean(name: str) -> str:
-    """"; did you mean optimizer.peak_lr?", or "" where no setting is called nearly so."""
+    """ "; did you mean optimizer.peak_lr?", or "" where no setting is called nearly so."""
     last = {known.rpartition(".")[2]: known for known in FIELDS}
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
     near = near or [last[found] for found in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)]

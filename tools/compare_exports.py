@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import numpy as np
 
 from nanollama_jax.console import console
-from nanollama_jax.errors import ArgumentParser, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.export.compare import Difference, LlamaCpp, Transformers, transformers_is_installed
 from nanollama_jax.infer.engine import Engine
 
@@ -24,7 +24,11 @@ def main() -> None:
     parser.add_argument("--prompt", default="The", help="default: %(default)s")
     parser.add_argument("--max_new_tokens", type=int, default=60, help="default: %(default)s")
     arguments = parser.parse_args()
+    if not (arguments.hf or arguments.gguf):
+        parser.error("there is nothing to compare with: give --hf or --gguf")
     with one_line_errors():
+        if arguments.hf and not arguments.gguf and not transformers_is_installed():
+            raise BadInput("--hf needs transformers and torch, which are not installed: pip install -r requirements-dev.txt")
         engine = Engine.from_checkpoint(arguments.checkpoint)
         prompt = engine.tokenizer.encode(arguments.prompt, bos=True)
         ours = engine.generate([prompt], max_new_tokens=arguments.max_new_tokens, stop_ids=())[0].tokens
@@ -42,6 +46,8 @@ def main() -> None:
 
 def compare(engine: Engine, name: str, other: Transformers | LlamaCpp, text: str, ours: list[int], logits: np.ndarray) -> None:
     """Prints what `other` goes on with after `text`, and how far its logits are from ours."""
+    if other.vocab_size != engine.model.vocab_size:
+        raise BadInput(f"{name} has a vocabulary of {other.vocab_size} and the checkpoint of {engine.model.vocab_size}: it is another model's export")
     prompt = engine.tokenizer.encode(text, bos=True)
     row = (prompt + ours)[: len(logits)]
     theirs = other.greedy([prompt], len(ours))[0]

@@ -18,7 +18,7 @@ from configs.corpora import BENCHMARKS
 from nanollama_jax.console import Table, console
 from nanollama_jax.data import decontaminate, shards, sources
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
-from nanollama_jax.files import write_json
+from nanollama_jax.files import output_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         named = [one.split("=", 1) for one in arguments.benchmark]
         if len(dict(named)) < len(named):
             raise BadInput("--benchmark: a name is given twice: write gsm8k=URL and gsm8k_2=URL")
-        if (out := pathlib.Path(arguments.out)).exists() or not out.parent.is_dir():
+        if (out := output_file(arguments.out)).exists() or not out.parent.is_dir():
             raise BadInput(f"--out {out}: there is {'such a file already' if out.exists() else 'no such folder'}: choose another name")
         if "://" in arguments.text:
             documents = sources.read_documents(arguments.text, 0, 1)

@@ -23,7 +23,7 @@ from nanollama_jax.data import sources
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.files import write_json
+from nanollama_jax.files import output_file, write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 
@@ -59,6 +59,8 @@ def main() -> None:
             raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
         for url in arguments.text:
             sources.matched_files(url)  # a file that is not there is found before the model is loaded
+        if arguments.out is not None:
+            output_file(arguments.out)
         loaded = checkpoint.load(arguments.checkpoint)
         engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
         console.print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}")
@@ -67,7 +69,7 @@ def main() -> None:
             results |= measure_perplexity(arguments, engine)
         if asked := [task for task in tasks if task != "perplexity"]:
             results |= ask(arguments, engine, asked)
-        if arguments.out:
+        if arguments.out is not None:
             write_json(arguments.out, results)
 
 

@@ -13,6 +13,7 @@ from nanollama_jax import checkpoint
 from nanollama_jax.console import console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import gguf
+from nanollama_jax.files import output_file
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     arguments = parser.parse_args()
     with one_line_errors():
+        output_file(arguments.out)
         loaded = checkpoint.load(arguments.checkpoint)
         gguf.export(loaded, arguments.out, arguments.type, overwrite=arguments.overwrite)
     size = pathlib.Path(arguments.out).stat().st_size

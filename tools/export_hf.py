@@ -13,6 +13,7 @@ from nanollama_jax import checkpoint
 from nanollama_jax.console import console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import hf
+from nanollama_jax.files import output_path
 
 
 def main() -> None:
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     arguments = parser.parse_args()
     with one_line_errors():
+        output_path(arguments.out)
         loaded = checkpoint.load(arguments.checkpoint)
         hf.export(loaded, arguments.out, arguments.dtype, overwrite=arguments.overwrite)
     size = sum(file.stat().st_size for file in pathlib.Path(arguments.out).iterdir())

@@ -16,9 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+
 from nanollama_jax.console import console, error_console, track
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
-from nanollama_jax.files import whole_file
+from nanollama_jax.files import output_file, whole_file
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import json_schema
 from nanollama_jax.infer.sampling import Sampling
@@ -45,8 +46,6 @@ def show(engine: Engine, prompt: str, sampling: Sampling, options: dict[str, Any
 
 def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: dict[str, Any], out: pathlib.Path | None) -> None:
     """A JSON object a line, in the order of the prompts, to `out` (whole or not at all) or stdout."""
-    if out and not out.parent.is_dir():  # better known before
-        raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
     started = time.monotonic()
     found = track(engine.completions(prompts, sampling, **options), "generating", len(prompts))
     completions = [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
@@ -96,7 +95,7 @@ def main() -> None:
     for field in dataclasses.fields(Sampling):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.out and not arguments.prompts:
+    if arguments.out is not None and not arguments.prompts:
         parser.error("--out goes with --prompts")
     with one_line_errors():
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
@@ -104,9 +103,12 @@ def main() -> None:
         if arguments.json_schema:
             options["grammar"] = json_schema(read_text(pathlib.Path(arguments.json_schema)))
         prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
+        out = output_file(arguments.out) if arguments.out is not None else None
+        if out and not out.parent.is_dir():
+            raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
         engine = Engine.from_checkpoint(arguments.checkpoint)
         if arguments.prompts:
-            write_all(engine, prompts, sampling, options, pathlib.Path(arguments.out) if arguments.out else None)
+            write_all(engine, prompts, sampling, options, out)
         elif arguments.prompt is not None:
             show(engine, arguments.prompt, sampling, options)
         else:

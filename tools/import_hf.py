@@ -11,9 +11,10 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
-from nanollama_jax.console import console
+from nanollama_jax.console import console, error_console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import hf, llama2c
+from nanollama_jax.files import output_path
 
 
 def main() -> None:
@@ -27,8 +28,11 @@ def main() -> None:
     if bool(arguments.llama2c) != bool(arguments.tokenizer):
         parser.error("--llama2c and --tokenizer go together")
     with one_line_errors():
+        output_path(arguments.workdir, "--workdir")
         loaded = hf.read(arguments.folder) if arguments.folder else llama2c.read(arguments.llama2c, arguments.tokenizer)
         written = checkpoint.save_weights(loaded, arguments.workdir)
+    for name, reason in loaded.tokenizer.not_exportable.items():
+        error_console.print(f"note: {name} cannot be exported from it: its tokenizer {reason}")
     console.print(f"{loaded.path}: {loaded.model.num_params:,} parameters, context {loaded.context_length:,} -> {written}")
 
 

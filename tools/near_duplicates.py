@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax.console import Table, console
 from nanollama_jax.data.near_duplicates import find_near_duplicates
 from nanollama_jax.errors import ArgumentParser, one_line_errors
+from nanollama_jax.files import output_file
 
 
 def main() -> None:
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.8, help="Jaccard similarity from which two are duplicates (default: %(default)s)")
     arguments = parser.parse_args()
     with one_line_errors():
+        output_file(arguments.out)
         report = find_near_duplicates(arguments.sources, arguments.out, threshold=arguments.threshold)
     for example in report["examples"]:
         for title, text in zip((f"\n{example['jaccard']:.2f}  {example['id']}", f"  of  {example['duplicate_of']}"), example["texts"]):

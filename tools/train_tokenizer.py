@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax.console import console
 from nanollama_jax.data.prepare import train_tokenizer_for
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
+from nanollama_jax.files import output_file
 from nanollama_jax.tokenizer import Tokenizer
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--max_bytes", type=int, default=1_000_000_000, help="how much text to train on (default: %(default)s)")
     arguments = parser.parse_args()
     with one_line_errors():
-        if pathlib.Path(arguments.out).exists():
+        if output_file(arguments.out).exists():
             raise BadInput(f"{arguments.out} exists: remove it or choose another --out")
         train_tokenizer_for(arguments.source, arguments.out, arguments.vocab_size, arguments.max_bytes)
         tokenizer = Tokenizer(arguments.out)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
+from nanollama_jax.files import output_file
 from nanollama_jax.infer.attention_maps import attention_maps, choose_layers, plot, read_tokens
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--layers", metavar="0,5,21", help="layers to draw heat maps of (default: 8, evenly spaced)")
     arguments = parser.parse_args()
     with one_line_errors():
-        pathlib.Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+        output_file(arguments.out).parent.mkdir(parents=True, exist_ok=True)
         loaded = checkpoint.load(arguments.checkpoint)
         layers = choose_layers(loaded.model.num_layers, arguments.layers)
         ids, found = read_tokens(arguments.text_file, loaded.tokenizer, loaded.context_length, arguments.max_tokens)
