@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 from absl import flags, logging
 
+from nanollama_jax import process
+
 
 class BadInput(Exception):
     """The user's input is wrong; the message is one line: what is wrong, and what to change."""
@@ -35,8 +37,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("error: interrupted; what was saved is whole", file=sys.stderr)
-        sys.exit(130)
+        process.exit_interrupted()
     except (BadInput, RunStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 3)
