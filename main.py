@@ -5,8 +5,13 @@ python main.py --config configs/phase1.py --workdir runs/1b/phase1              
 python main.py --config configs/phase1.py:nano --config.optimizer.peak_lr=1e-3       any value of the config, by its name
 
 The same command resumes. With several hosts, run it on each with --coordinator=HOST:PORT --num_processes=N --process_id=I (--coordinator=auto
-under Slurm or Open MPI). SIGTERM and Ctrl-C save a checkpoint, then exit 0.
+under Slurm or Open MPI). SIGTERM, SIGHUP, SIGUSR1, SIGQUIT or Ctrl-C during training save a checkpoint, then exit 0; a second Ctrl-C ends at once.
 """
+
+if __name__ == "__main__":  # not in the workers that prepare data, which import this file
+    from nanollama_jax import process
+
+    process.set_up()  # before the imports below, which take seconds
 
 import os
 import pathlib

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+from nanollama_jax import process
 from nanollama_jax.console import console, error_console
 
 
@@ -53,8 +54,7 @@ def one_line_errors() -> Iterator[None]:
         error_console.print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole")
         sys.exit(2)
     except KeyboardInterrupt:
-        error_console.print("error: interrupted; what was saved is whole")
-        sys.exit(130)
+        process.exit_interrupted()
     except (BadInput, RunStopped) as error:
         error_console.print(f"error: {' '.join(str(error).split())}")
         sys.exit(2 if isinstance(error, BadInput) else 3)
