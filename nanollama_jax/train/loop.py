@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nanollama_jax import checkpoint, sharding
+from nanollama_jax import checkpoint, distributed, sharding
 from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
@@ -55,6 +55,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         model = settle(config)
         check_workdir(workdir)
         workdir = pathlib.Path(workdir)
+        distributed.check_agreement({"config": config.to_dict(), "model": dataclasses.asdict(model), "workdir": str(workdir.absolute())})
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
         if is_main:
@@ -84,6 +85,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
         about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: feed.sources[k] for k in config.data.sources})}
         origin, origin_step = find_origin(config, workdir, model, about_data)
+        distributed.check_agreement(
+            {
+                "tokenizer": tokenizer.sha256,
+                "data": {name: pipeline.fingerprint({name: source}) for name, source in feed.sources.items()},
+                "start": f"{origin} at step {origin_step}",
+            }
+        )
         before = checkpoint.read_metadata(origin, origin_step) if origin else {}
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         if tuning and origin != workdir:
