@@ -189,7 +189,7 @@ def _files_of(folder: pathlib.Path) -> list[str]:
 
 
 def _sha256_of(folder: pathlib.Path, names: list[str]) -> dict[str, str | None]:
-    """name -> sha256 of each file, None if it is not there. On two cores: 1 GB takes SECONDS s."""
+    """name -> sha256 of each file, None if it is not there. Takes 0.65 s of one core per GB (x86 with SHA extensions)."""
 
     def sha256(name: str) -> str | None:
         try:
@@ -334,7 +334,8 @@ def _check_shapes(model: dict[str, Any], params: Any) -> None:
     """Raises ValueError if the model that the metadata describes has other parameters than these (ShapeDtypeStructs)."""
     module = Llama(ModelConfig(**model | dict(scan_layers="layers" in params, attention="xla", remat="none")))
     ids, theta = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((), np.float32)
-    described = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), ids, ids, ids, theta))["params"]
+    # Unboxed inside: outside, under a mesh, it would put sharding constraints on shapes
+    described = jax.eval_shape(lambda *of: nn.meta.unbox(module.init(*of)), jax.random.key(0), ids, ids, ids, theta)["params"]
     described, stored = (
         {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (described, params)
     )
