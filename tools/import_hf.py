@@ -12,6 +12,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
+from nanollama_jax.config import check_workdir
 from nanollama_jax.errors import one_line_errors
 from nanollama_jax.export import hf, llama2c
 
@@ -27,6 +28,7 @@ def main() -> None:
     if bool(arguments.llama2c) != bool(arguments.tokenizer):
         parser.error("--llama2c and --tokenizer go together")
     with one_line_errors():
+        check_workdir(arguments.workdir)
         loaded = hf.read(arguments.folder) if arguments.folder else llama2c.read(arguments.llama2c, arguments.tokenizer)
         written = checkpoint.save_weights(loaded, arguments.workdir)
     print(f"{loaded.path}: {loaded.model.num_params:,} parameters, context {loaded.context_length:,} -> {written}")
