@@ -146,8 +146,8 @@ def open_row(record: Any) -> tuple[dict[str, Any], tuple[Message, ...], Tools]:
     _refuse(record, _UNREAD_OF_ROW)
     for key in filter(_CONTROLS_ROW.fullmatch, record):
         if key not in (*_TRAINED, "sample_weight") or record[key] != 1:
-            problem = f"`{key}` is {reprlib.repr(record[key])} for the whole row, where every row counts 1"
-            raise BadInput(f"{problem}: remove the row, or `{key}`")
+            problem = f"`{key}` is {reprlib.repr(record[key])} for the whole row"
+            raise BadInput(f"{problem}, where every row counts 1: remove the row, or `{key}`")
     system = _text(record, "system", required=False)
     messages = (_without_tags(Message("system", system)),) if system else ()
     return record, messages, parse_tools(record.get("tools"))
@@ -281,7 +281,7 @@ def _read_sharegpt(turn: dict[str, Any], role: str, tools: Tools) -> list[Messag
     if value and turn.get("from") == "function_call":
         value = f"<tool_call>{value}</tool_call>"
     if "</think>" in value[value.find("<tool_call>") :] and "<tool_call>" in value:
-        raise BadInput("a <tool_call> in a thought would be learned as a call: remove it or the row")
+        raise BadInput("a <tool_call> in a thought would be learned as a call: remove the row")
     calls, said = _TOOL_CALL.findall(value), _TOOL_CALL.sub("", value)
     if "<tool_call>" in said or "</tool_call>" in said:
         raise BadInput("a <tool_call> without its </tool_call>, or the other way round: close it")

@@ -5,9 +5,9 @@
     {"chosen": [...], "rejected": [...]}                       whole conversations; a `prompt` beside them is their beginning or last question
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}      Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning
 
-Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and `rejected-rating`,
-ranks, of which the least is the best, `margin`) must say that the chosen one is better: in a bad row
-they tie, contradict that or are not numbers.
+Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and
+`rejected-rating`; ranks, of which the least is the best; `margin`) must say that the chosen one is
+better: in a bad row they tie, contradict that or are not numbers.
 
 Also the check of a file of either kind of data, which tools/check_finetuning_data.py shows.
 """

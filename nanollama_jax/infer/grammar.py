@@ -81,6 +81,8 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
     calls = []
     for number, tool in enumerate(parse_tools(list(tools))):
         parameters = {"type": "object", "properties": {}} | tool.get("parameters", {})
+        if isinstance(parameters["type"], list) and "object" in parameters["type"]:
+            parameters["type"] = "object"  # arguments are never null
         with naming(f"tool {tool['name']!r}"):
             try:
                 _enforceable(json.dumps(_json_types(parameters, "#")))
