@@ -58,7 +58,8 @@ def json_schema(schema: dict[str, Any] | str) -> Grammar:
 
 def regex(pattern: str) -> Grammar:
     """Texts that `pattern` matches whole, in the syntax of Rust's regex crate: no look-around, no back-references."""
-    return Grammar(LLMatcher.grammar_from_regex(_utf8(pattern)), json=False, words=_literals(pattern))
+    source = LLMatcher.grammar_from_regex(_utf8(pattern))
+    return Grammar(source, json=False, words=_literals(pattern))
 
 
 def lark(text: str) -> Grammar:
