@@ -1,8 +1,9 @@
 """Conversations and preference pairs -> token ids on disk, for SFT and DPO: shards and a manifest as those of data/prepare.py, made in one process.
 
-A record of a conversation is its ids, uint32, with the highest bit set in those to be learned: what the assistant says, but for messages that
-are not to be trained on. A pair's is the length of the chosen side, then chosen and rejected so, in which only the answers, not what is shared
-before them, are to be learned. What does not fit a row is left out, counted
+A record of a conversation is its ids, uint32, with the highest bit set in those to be learned: what
+the assistant says, but for messages that are not to be trained on. A pair's is the length of the
+chosen side, then chosen and rejected so, in which only the answers, not what is shared before them,
+are to be learned. What does not fit a row is left out, counted
 and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows="skip"` is named there too.
 """
 

@@ -368,10 +368,11 @@ def git_commit() -> str:
 
 
 def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
-    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first documents as text,
-    special tokens by name, control characters escaped."""
+    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first
+    documents as text, special tokens by name, control characters escaped."""
     tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
     found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
     found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
     learned = int(batch["loss_weights"][0].sum())
-    return f"{len(found)} segment(s), {learned:,} tokens learned: " + " | ".join(repr(tokenizer.show(ids)[:characters]) for ids in found[:documents])
+    texts = [repr(tokenizer.show(ids)[:characters]) for ids in found[:documents]]
+    return f"{len(found)} segment(s), {learned:,} tokens learned: {' | '.join(texts)}"

@@ -20,7 +20,7 @@ BAD = {
     "user after user, where assistant is expected": {"messages": [GOOD["messages"][0], GOOD["messages"][0]]},
     "is not JSON": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "now", "arguments": "{"}]}], "tools": TOOLS},
     "not among the tools": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {}}]}], "tools": TOOLS},
-    "are not to be trained on": {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"train": False}]},
+    "no message of the assistant is to be trained on": {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"train": False}]},
     "`loss_scale` is 'last_round', which is not understood": {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"loss_scale": "last_round"}]},
     "a thought is read between one <think> and one </think>": {"question": "a", "answer": "<think>b"},
     "has `args` but no `parameters`": {**GOOD, "tools": [{"name": "now", "args": {"a": {"type": "string"}}}]},
