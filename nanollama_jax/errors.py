@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -28,6 +28,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        for word in sys.argv[1:]:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make a list of it
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")

@@ -34,10 +34,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-import absl.app
-from absl import flags
+# isort: split
+from tests.conftest import ROOT  # first: it sets what jax reads when it is imported
 
-from tests.conftest import ROOT
+# isort: split
+import absl.app
+import jax
+from absl import flags
 
 LIMIT = 60  # seconds a call; most take less than one
 MEMORY = 24 * 2**30  # address space of a call, bytes
@@ -338,7 +341,6 @@ def make_fixtures(root: pathlib.Path, lab: str | None) -> None:
     """Prepared corpora and data (a copy of `lab`), a base and a chat model with random weights,
     exports, odd files. In a fork, for it uses jax."""
     import flax
-    import jax
     import jax.numpy as jnp
     import pyarrow
     import pyarrow.parquet
@@ -429,13 +431,13 @@ def outcomes(tools: list[str], sample: int, seed: int, jobs: int, limit: float, 
         for folder in (root, own, calls):
             folder.mkdir()
         os.environ |= {
-            "JAX_COMPILATION_CACHE_DIR": f"{own}/jax",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "HF_HUB_OFFLINE": "1",
             "HOME": f"{own}",
             "TMPDIR": f"{own}",
         }
         tempfile.tempdir = str(own)
+        jax.config.update("jax_compilation_cache_dir", f"{own}/jax")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         pid = os.fork()
         if pid == 0:
             try:
