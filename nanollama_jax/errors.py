@@ -83,7 +83,7 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
                 return rest
             except (AttributeError, KeyError) as error:
                 raise BadInput(f"command line: there is no such name in this config: {str(error.args[0]).strip(chr(34) + chr(39))}") from None
-            except (flags.Error, TypeError, ValueError, OSError) as error:
+            except (flags.Error, ImportError, NameError, TypeError, ValueError, OSError) as error:
                 raise BadInput(f"command line: {error}") from None
 
     return parse
