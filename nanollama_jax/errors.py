@@ -9,7 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -30,6 +30,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        for word in sys.argv[1:]:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make a list of it
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")
@@ -83,7 +89,7 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
                 raise BadInput(f"command line: {where} is not Python, so not a recipe: {error.msg}") from None
             except (AttributeError, KeyError) as error:
                 raise BadInput(f"command line: {_no_such_name(error, argv)}") from None
-            except (flags.Error, TypeError, ValueError, OSError) as error:
+            except (flags.Error, ImportError, NameError, TypeError, ValueError, OSError) as error:
                 raise BadInput(f"command line: {error}") from None
 
     return parse

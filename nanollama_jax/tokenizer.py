@@ -91,7 +91,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             num_threads=8,  # a constant: it is stored in the model file, whose hash must not depend on the machine
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a vocab_size beyond 31 bits
         if failure is None:
             raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
     if failure is not None:
