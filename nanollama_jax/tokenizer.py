@@ -101,7 +101,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
 
 
 def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:
-    if "smaller than required_chars" in message:
+    if "smaller than required_chars" in message or "insert_id" in message:
         return f"a vocabulary of {vocab_size} pieces has no room for the 256 bytes and the text's characters: raise vocab_size"
     if found := re.search(r"value <= (\d+)", message):
         return f"{text_bytes:,} bytes of text give at most {found[1]} pieces, not {vocab_size}: lower vocab_size or train on more text"

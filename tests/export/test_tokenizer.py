@@ -5,10 +5,8 @@ import io
 import json
 
 import gguf as gguf_library
-import numpy as np
 import pytest
 import sentencepiece
-import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as spm
 
