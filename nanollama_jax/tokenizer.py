@@ -23,11 +23,11 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+MOST_PIECES = 2**24  # a hundred times the largest vocabulary there is
 # What fine-tuning adds to a vocabulary, in this order, and unused pieces up to a multiple of 8 (32,000 -> 32,008).
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's
 THOUGHT_START, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
 TOOL_CALL, TOOL_RESPONSE = "<|tool_call|>", "<|tool_response|>"
-MOST_PIECES = 2**24  # as many as export/hf.py imports
 CHAT_TOKENS = (TURN_START, TURN_END, THOUGHT_START, THOUGHT_END, TOOL_CALL, TOOL_RESPONSE)
 
 # The trainer drops sentences over max_sentence_length bytes and trims newlines at their end, so documents are cut into
