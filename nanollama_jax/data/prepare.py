@@ -247,8 +247,13 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
         console.print(f"training {path}: {config.tokenizer.vocab_size:,} pieces on {', '.join(config.tokenizer.sources)}")
         urls = [config.corpora[name].url for name in config.tokenizer.sources]
         train_tokenizer_for(urls, path, config.tokenizer.vocab_size, config.tokenizer.training_bytes)
-    if (found := Tokenizer(path).vocab_size) != config.tokenizer.vocab_size:
-        raise BadInput(f"tokenizer {path} has {found:,} pieces and tokenizer.vocab_size is {config.tokenizer.vocab_size:,}: change one of them")
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise BadInput(
+            f"tokenizer {path} has {tokenizer.vocab_size:,} pieces and tokenizer.vocab_size is {config.tokenizer.vocab_size:,}: change one of them"
+        )
+    for name, reason in tokenizer.not_exportable.items():
+        print(f"warning: no model trained with {path} can be exported as {name}: the tokenizer {reason}", flush=True)
 
     directories = {name: Path(config.data.dir) / name for name in config.corpora}
     already = all((directory / MANIFEST).exists() for directory in directories.values())

@@ -96,7 +96,8 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         "",
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        'print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)[0]))',
+        'prompt = tokenizer(tokenizer.bos_token + "The", add_special_tokens=False, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))",
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ import sentencepiece
 from array_record.python.array_record_module import ArrayRecordReader
 from datatrove.data import Document
 from ml_collections import ConfigDict
+from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax import tokenizer
 from nanollama_jax.data import executor, prepare, shards
@@ -301,6 +302,17 @@ def test_prepare_all_refuses_a_tokenizer_that_does_not_fit(config, model):
     config.tokenizer.vocab_size = 4096
     with pytest.raises(BadInput, match="has 300 pieces and tokenizer.vocab_size is 4,096"):
         prepare.prepare_all(config)
+
+
+def test_a_tokenizer_that_no_export_can_express_is_named_before_the_work(config, model, capsys, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    config.tokenizer.path, config.corpora = str(tmp_path / "odd.model"), {}
+    for odd, warnings in ((True, 2), (False, 0)):
+        proto.normalizer_spec.remove_extra_whitespaces = odd
+        (tmp_path / "odd.model").write_bytes(proto.SerializeToString())
+        prepare.prepare_all(config)
+        out = capsys.readouterr().out
+        assert out.count("warning: ") == out.count("the tokenizer removes extra whitespace\n") == warnings
 
 
 def test_nothing_heavy_is_imported():

@@ -238,6 +238,10 @@ def test_bad_input(engine):
         engine.generate([[1, 1024]])
     with pytest.raises(BadInput, match="sequence 0 has 129 tokens"):
         engine.score([[1] * 129])
+    for alone in ([1, 5, 7], np.array([1, 5, 7]), "text", ["text"], [[[1, 5]]], [[1, 5], 7]):
+        with pytest.raises(BadInput, match=r"write score\(\[ids\]\)"):
+            engine.score(alone)
+    assert [len(logprobs) for logprobs in engine.score([np.array([1, 5, 7]), (1, 5)])] == [2, 1]
     with pytest.raises(BadInput, match="max_new_tokens=0"):
         engine.generate(["a"], max_new_tokens=0)
     with pytest.raises(BadInput, match="prompts is one string"):
