@@ -4,7 +4,8 @@
     builtin://math?rows=100              made to order: conversations, also builtin://tools; pairs, builtin://right_or_wrong;
                                          text, builtin://transcripts; of math and right_or_wrong &tasks=gcd,chain_sum has some tasks alone;
                                          &split=test has what is held out
-    file://texts/**/*.jsonl.zst          a path or glob, relative or absolute: .txt (a file is one record), .jsonl and
+    file://texts/**/*.jsonl.zst          a path or glob, relative or absolute (a name with brackets is
+                                         matched as it is first): .txt (a file is one record), .jsonl and
                                          .jsonl.gz, .xz, .zst (a line is one record), .parquet (a row is one record)
     hf://OWNER/NAME?name=SUBSET          streamed from the Hugging Face hub; hf:///PATH is a local folder laid out as on the hub;
                                          &file=NAME reads a single file of JSON lines, whatever its name
@@ -24,6 +25,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
 import math
 import os
@@ -41,6 +43,7 @@ from nanollama_jax.errors import BadInput
 
 _RANKS_A_FILE = {".xz": 2, ".gz": 8}
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**20, 1024
+_PARQUET_ROWS = 64  # in memory at a time: books have a megabyte each
 # A question mark is also a glob's wildcard: options begin at one that is followed by "word=".
 _URL = re.compile(r"(?P<scheme>\w+)://(?P<path>.*?)(?:\?(?P<options>\w+=.*))?", re.DOTALL)
 
@@ -53,9 +56,7 @@ def read_documents(url: str, rank: int, world_size: int) -> Iterator[Document]:
     scheme, _, options = _parse(url)
     field = options.get("text", "text")
     for where, record in read_records(url, rank, world_size, columns=[field]):
-        text = _field(record, field, where)
-        if not isinstance(text, str):
-            raise BadInput(f"{where}: the text is of type {type(text).__name__}, not a string: choose its field with ?text=FIELD")
+        text = text_of(record, field, where)
         if "\0" in text:
             raise BadInput(f"{where}: the text holds a NUL byte: is it really text?")
         if not text.isascii():
@@ -134,7 +135,8 @@ def stored_files(url: str) -> tuple[list[str], str] | None:
         import datasets
 
         builder = datasets.load_dataset_builder(path, name=options.get("name"), data_dir=options.get("data_dir"))
-        return list(builder.config.data_files[options.get("split", "train")]), options.get("text", "text")
+        files = (builder.config.data_files or {}).get(options.get("split", "train"))  # a split can be "train[:10%]"
+        return (list(files), options.get("text", "text")) if files else None
     return (_match(path), options.get("text", "text")) if scheme == "file" else None
 
 
@@ -142,6 +144,9 @@ def _parse(url: str) -> tuple[str, str, dict[str, str]]:
     match = _URL.fullmatch(url)
     if not match or match["scheme"] not in _SCHEMES:
         raise BadInput(f"source {url!r} is not understood: begin it with one of {', '.join(f'{scheme}://' for scheme in _SCHEMES)}")
+    if not match["path"].strip("/ "):
+        what = {"file": "files", "hf": "a dataset"}.get(match["scheme"], "a name")
+        raise BadInput(f"source {url!r} names nothing: {match['scheme']}:// is followed by {what}")
     known_options = _SCHEMES[match["scheme"]][1]
     query = (match["options"] or "").replace("+", "%2B")  # a form's "+" is a space; ours is a plus
     try:
@@ -199,11 +204,18 @@ def _match(pattern: str) -> list[str]:
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):
         return [path]
-    paths = sorted({found for found in glob.glob(path, recursive=True) if os.path.isfile(found)})  # two ** find a file twice
-    if not paths:
-        hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
-        raise BadInput(f"no file matches file://{pattern}: {hint}")
-    return paths
+    # "[2024]" is a name, or else a pattern for one character: of each part of the path on its own.
+    readings = [(part.replace("[", "[[]"), part) if "[" in part else (part,) for part in path.split("/")]
+    for parts in itertools.product(*readings):
+        found = glob.glob("/".join(parts), recursive=True)
+        if paths := sorted({path for path in found if os.path.isfile(path)}):  # two ** find a file twice
+            return paths
+    hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
+    raise BadInput(f"no file matches file://{pattern}: {hint}")
+
+
+def is_readable(path: str) -> bool:
+    return path.endswith(tuple(_READERS))
 
 
 def _reader(path: str) -> Callable[[str, list[str] | None, int, int], Iterator[tuple[str, dict | BadInput]]]:
@@ -228,10 +240,11 @@ def _read_jsonl(path: str, columns: list[str] | None, first: int, step: int) -> 
     for number, line in enumerate(_lines(path)):
         if number % step == first and not line.isspace():
             where = f"{path}:{number + 1}"
-            yield where, _json_object(line, where)
+            yield where, json_object(line, where)
 
 
-def _json_object(line: bytes, where: str) -> dict | BadInput:
+def json_object(line: bytes, where: str) -> dict | BadInput:
+    """The object of a line of JSON Lines; what is wrong with it, for the caller to raise."""
     try:
         record = json.loads(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError:
@@ -249,22 +262,56 @@ def _lines(path: str) -> Iterator[bytes]:
     try:
         if path.endswith((".gz", ".zst")) and os.path.getsize(path) == 0:
             raise EOFError("it is empty, and not even packed")
-        with _open(path) as file:
+        with open(path, "rb") as stored, unpacked(stored, path) as file:
             yield from file
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise BadInput(f"{path} cannot be read to its end, or is cut off: {error}") from error
 
 
-def _open(path: str) -> BinaryIO:
+def unpacked(stored: BinaryIO, path: str) -> BinaryIO:
+    """The contents of a file that is packed as its name says, or not packed."""
     if path.endswith(".gz"):
-        return gzip.open(path)
+        return gzip.open(stored)
     if path.endswith(".xz"):
-        return lzma.open(path)
+        return lzma.open(stored)
     if path.endswith(".zst"):
-        import pyarrow  # the zstandard package's reader ends without a word where a file was cut off
+        return io.BufferedReader(_Unzstd(stored), 2**20)
+    return stored
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return open(path, "rb")
+
+class _Unzstd(io.RawIOBase):
+    """The contents of a .zst file. pyarrow's reader refuses windows over 128 MB (`zstd --long=31`), and zstandard's
+    own ends without an error where a file was cut off."""
+
+    def __init__(self, stored: BinaryIO):
+        self._stored, self._packed, self._contents = stored, b"", memoryview(b"")
+        self._frame = self._decompressor = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        import zstandard
+
+        while not self._contents:
+            self._packed = self._packed or self._stored.read(2**17)
+            if not self._packed:
+                if self._frame:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            try:
+                if not self._frame:
+                    self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+                    self._frame = self._decompressor.decompressobj()
+                self._contents = memoryview(self._frame.decompress(self._packed))
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._contents))
+        buffer[:count], self._contents = self._contents[:count], self._contents[count:]
+        return count
 
 
 def _read_parquet(path: str, columns: list[str] | None, first: int, step: int) -> Iterator[tuple[str, dict]]:
@@ -272,16 +319,15 @@ def _read_parquet(path: str, columns: list[str] | None, first: int, step: int) -
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             for column in columns or []:
                 _field(dict.fromkeys(file.schema_arrow.names), column, path)
             row = 0
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns)
-                values = dict(zip(table.column_names, table.columns))
-                for index in range((first - row) % step, table.num_rows, step):
+            for rows in file.iter_batches(_PARQUET_ROWS, columns=columns):  # of a row group, which may be all of the file
+                values = dict(zip(rows.schema.names, rows.columns))
+                for index in range((first - row) % step, rows.num_rows, step):
                     yield f"{path}:{row + index + 1}", {name: _present(column[index].as_py()) for name, column in values.items()}
-                row += table.num_rows
+                row += rows.num_rows
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}:{row + index + 1}: invalid UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -296,10 +342,15 @@ def _read_hub(
     import httpx
     import huggingface_hub
     import huggingface_hub.errors
+    import pyarrow
 
     huggingface_hub.utils.logging.set_verbosity_error()  # it would narrate every retry
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it would log what it raises
     if path.startswith("/") and not os.path.isdir(path):
         raise BadInput(f"hf://{path} is no folder: check the path, or write hf://OWNER/NAME for a dataset on the hub")
+    if path.startswith("/") and "[" in path and not file:
+        raise BadInput(f"hf://{path}: datasets takes brackets for a pattern: rename the folder, or name its files as file://{path}/...")
+    last = None
     try:
         if file:  # its records may differ in their fields' types, which datasets does not take
             local = os.path.join(path, file) if path.startswith("/") else huggingface_hub.hf_hub_download(path, file, repo_type="dataset")
@@ -308,9 +359,21 @@ def _read_hub(
         dataset = datasets.load_dataset(path, name=name, data_dir=data_dir, split=split, streaming=True)
         for shard, first, step in _deal(dataset.num_shards, rank, world_size):
             for number, record in enumerate(dataset.shard(num_shards=dataset.num_shards, index=shard)):
+                last = f"hf://{path}/{split}/{shard}:{number + 1}"
                 if number % step == first:
-                    yield f"hf://{path}/{split}/{shard}:{number + 1}", {name: _present(value) for name, value in record.items()}
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
+                    yield last, {name: _present(value) for name, value in record.items()}
+    except (
+        OSError, ValueError, TypeError, RuntimeError, httpx.HTTPError, pyarrow.ArrowException, datasets.exceptions.DatasetsError,
+        huggingface_hub.errors.HfHubHTTPError,
+    ) as error:  # fmt: skip
+        # datasets takes the type of a field from the first rows, and reads many rows at once
+        if isinstance(error, (TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError)):
+            after = f"after {last}" if last else "from its first row"
+            lines = f"file://{path}/**/*.jsonl" if path.startswith("/") else f"hf://{path}?file=NAME.jsonl"
+            raise BadInput(
+                f"hf://{path} cannot be read {after} ({_first_line(error)}): a row is damaged, or a field changes its type; "
+                f"of JSON Lines, {lines} reads rows whatever their types, and names a damaged one"
+            ) from error
         if path.startswith("/"):
             hint = "it must hold .jsonl, .parquet or .txt files in the hub's layout"
         else:
@@ -346,6 +409,14 @@ def _present(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _present(each) for key, each in value.items() if each is not None}
     return [_present(each) for each in value] if isinstance(value, list) else value
+
+
+def text_of(record: dict, field: str, where: str) -> str:
+    """A record's text. Raises `BadInput` where there is none."""
+    text = _field(record, field, where)
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: the text is of type {type(text).__name__}, not a string: choose its field with ?text=FIELD")
+    return text
 
 
 def _field(record: dict, field: str, where: str):

@@ -215,6 +215,23 @@ def test_estimates_of_files_come_near_what_is_there(source, texts, model, tmp_pa
     assert estimate.estimate(f"hf://{hub}", Tokenizer(model)).text_bytes == pytest.approx(total, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": null}', "the text is of type NoneType"),
+        ('{"text": ["a"]}', "the text is of type list"),
+        ('{"body": "a"}', "no field 'text': choose one of body"),
+        ('["text"]', "a line must hold a JSON object"),
+        ('{"text": "a', "malformed JSON"),
+    ],
+)
+def test_an_estimate_names_a_bad_line_past_its_sample(tmp_path, monkeypatch, line, complaint):
+    monkeypatch.setattr(estimate, "SAMPLE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 500}) + "\n") * 10 + line + "\n")
+    with pytest.raises(BadInput, match=rf"a\.jsonl:11: {complaint}"):
+        estimate.estimate(f"file://{tmp_path}/a.jsonl", None)
+
+
 def test_every_recipe_names_corpora_with_a_licence_and_benchmarks_that_can_be_read():
     for scale in common.MODELS:
         config = phase3.get_config(scale)
