@@ -107,6 +107,12 @@ def matched_files(url: str) -> list[str] | None:
     return _match(path) if scheme == "file" else None
 
 
+def is_gone(url: str) -> bool:
+    """Whether a file:// URL stands for no file any more."""
+    scheme, path, _ = _parse(url)
+    return scheme == "file" and not _matches(path)
+
+
 def about_source(url: str) -> dict[str, Any]:
     """What of a source must be the same where its preparation is gone on with, or not done again: a file:// URL's files, the first rows of what is
     made to order, which another version may make otherwise. Empty for others.
@@ -201,6 +207,14 @@ def _read_files(pattern: str, rank: int, world_size: int, columns: list[str] | N
 
 
 def _match(pattern: str) -> list[str]:
+    if paths := _matches(pattern):
+        return paths
+    folder = os.path.isdir(os.path.expanduser(pattern))
+    hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if folder else "check the path"
+    raise BadInput(f"no file matches file://{pattern}: {hint}")
+
+
+def _matches(pattern: str) -> list[str]:
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):
         return [path]
@@ -210,8 +224,7 @@ def _match(pattern: str) -> list[str]:
         found = glob.glob("/".join(parts), recursive=True)
         if paths := sorted({path for path in found if os.path.isfile(path)}):  # two ** find a file twice
             return paths
-    hint = f"it is a directory; name its files, as in {pattern.rstrip('/')}/*.jsonl" if os.path.isdir(path) else "check the path"
-    raise BadInput(f"no file matches file://{pattern}: {hint}")
+    return []
 
 
 def is_readable(path: str) -> bool:
