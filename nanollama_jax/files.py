@@ -15,6 +15,7 @@ from nanollama_jax.errors import BadInput
 
 _TAKE_OVER_SECONDS = 0.5
 
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file to write, which takes its place at `path` once it is written and on the disk; its folder is made. A failure leaves what was there."""

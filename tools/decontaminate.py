@@ -55,7 +55,7 @@ def main() -> None:
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
     Console().print(table)
-    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
+    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short.total():,} questions are too short to look for")
 
 
 _started = _last = time.monotonic()

@@ -22,7 +22,7 @@ from nanollama_jax.data import chat, decontaminate
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
 from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, finished, split_of, totals, verify_shards
-from nanollama_jax.data.sources import about_source, is_gone, matched_files
+from nanollama_jax.data.sources import about_source, is_gone, licence_of, matched_files
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, whole_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def prepare(
         raise BadInput(f"data.tuning_validation_fraction={validation_fraction} must be at least 0 and below 1")
     out_dir = Path(out_dir)
     benchmarks = {benchmark: url for benchmark, url in (benchmarks or {}).items() if url}  # one without a URL is not searched for
-    settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
+    settings = dict(name=name, url=url, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
     settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32", "benchmarks": benchmarks}
     gone = is_gone(url) and (out_dir / MANIFEST).exists()
     settings |= {} if gone else about_source(url)
@@ -87,7 +87,12 @@ def prepare(
             why = ", ".join(f"{count} {reason}" for reason, count in (counts | {"in validation": splits["validation"]["documents"]}).items())
             raise BadInput(f"{name}: no row of {url} is left to train on ({why}): check it, or lower data.tuning_validation_fraction")
         (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
-        manifest = settings | {"left_out": counts, "splits": splits}
+        manifest = settings | {
+            "licence": licence or licence_of(url),
+            "left_out": counts,
+            "questions_too_short": index.too_short if index else {},
+            "splits": splits,
+        }
         verify_shards(out_dir, manifest, just_written=True)
         write_json(out_dir / MANIFEST, manifest)
     return manifest
@@ -151,3 +156,5 @@ def prepare_stage(config: ConfigDict) -> None:
             print(f"{name}: {left_out} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}", flush=True)
     if not already:
         rich.console.Console().print(table)
+        for line in decontaminate.too_short(manifest.get("questions_too_short", {})):
+            print(line)

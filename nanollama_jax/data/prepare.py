@@ -35,7 +35,7 @@ from nanollama_jax.data.shards import (
     totals,
     verify_shards,
 )
-from nanollama_jax.data.sources import about_source, batched, is_gone, read_documents, useful_ranks
+from nanollama_jax.data.sources import about_source, batched, is_gone, licence_of, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, write_json
 from nanollama_jax.tokenizer import Tokenizer, train
@@ -128,7 +128,7 @@ def prepare_source(
 ) -> dict[str, Any] | None:
     """Prepares `url` into `out_dir` and returns its manifest; goes on from where it stopped if it was killed. None: Slurm has it now.
 
-    Where it is already done it compares the checksums of the shards (shards.verify_shards).
+    `licence`, "": what is known of that of the URL. Where it is already done it compares the checksums of the shards (shards.verify_shards).
     `tasks` is the number of ranks (fewer, if the source has few files) and decides what is in which shard; each stops after its share of
     `max_tokens` (0: all there is). `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one
     of decontaminate.POLICIES.
@@ -167,7 +167,7 @@ def prepare_source(
             check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             write_json(logs / "inputs.json", layout)
-        items = logs / "benchmarks.json" if benchmarks else None
+        items = logs / f"benchmarks_{decontaminate.RULE}.json" if benchmarks else None
         if items and not (begun and items.exists()):
             decontaminate.save_items(decontaminate.read_benchmarks(benchmarks), items)
         write = WriteTokens(out_dir, tokenizer, validation_fraction, shard_tokens, max_tokens, items, contaminated)
@@ -186,7 +186,7 @@ def prepare_source(
                     f"source {name} has {documents} documents and none fell into {split} at validation_fraction={validation_fraction}: "
                     f"{change} data.validation_fraction and remove {out_dir}"
                 )
-        manifest = {"name": name, "licence": licence, "dtype": dtype_for(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
+        manifest = {"name": name, "licence": licence or licence_of(url), "dtype": dtype_for(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"left_out": _left_out(logs, tasks)}
         manifest |= {"decontamination": decontamination, "splits": splits}
         verify_shards(out_dir, manifest, just_written=not begun)
@@ -284,6 +284,10 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
             _contaminated(manifest),
         )  # fmt: skip
     Console().print(table)
+    searched = [manifest["decontamination"]["benchmarks"] for manifest in manifests if manifest.get("decontamination")]
+    counts = {name: found.get("too_short", 0) for benchmarks in searched for name, found in benchmarks.items()}
+    for line in decontaminate.too_short(counts):
+        print(line)
     return True
 
 

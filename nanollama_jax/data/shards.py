@@ -155,7 +155,9 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
 def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now, and says how to keep what is there."""
     finished = "splits" in old
-    anew = f"choose another data.dir (remove {out_dir} only if no run trains on it)"
+    anew = f"remove {out_dir}, or choose another data.dir"
+    if finished:
+        anew = f"choose another data.dir (remove {out_dir} only if no run trains on it)"
     for key, value in new.items():
         if key in ("file_sizes", "files_sha256"):
             if old.get(key, value) != value:

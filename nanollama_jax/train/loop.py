@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
-from nanollama_jax.export.model_card import provenance
+from nanollama_jax.export.model_card import provenance, trained_on
 from nanollama_jax.files import locked, whole_file
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
@@ -89,6 +89,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         if tuning and origin != workdir:
             inherited["provenance"] = provenance(before)
+        named = config.tuning if tuning else config.corpora  # a licence that is stated now, or what preparation knew
+        read = {name: named.get(name, {}).get("licence") or feed.sources[name].manifest["licence"] for name in config.data.sources}
+        inherited["corpora"] = ({} if tuning or not before else trained_on(before)) | read
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
         if is_main:

@@ -132,7 +132,9 @@ def test_an_unfinished_directory_of_other_settings_is_refused(corpus, model, pre
     (tmp_path / "logs/completions").mkdir(parents=True)
     (tmp_path / "logs/inputs.json").write_bytes((prepared / "logs/inputs.json").read_bytes())
     (tmp_path / "logs/completions/00001").touch()
-    with pytest.raises(BadInput, match=rf"prepared with {next(iter(changes))}=.*: set it back to use what is there, or choose another data\.dir"):
+    with pytest.raises(
+        BadInput, match=rf"prepared with {next(iter(changes))}=.*: set it back to use what is there, or remove .*, or choose another data\.dir"
+    ):
         run(corpus, model, tmp_path, **changes)
 
 
@@ -171,13 +173,13 @@ def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_pat
     (tmp_path / "out/logs/completions").mkdir()
     (tmp_path / "out/logs/completions/00001").touch()
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
-    with pytest.raises(BadInput, match=r"another list of files than .* now matches \(2 then, 2 now\): remove"):
+    with pytest.raises(BadInput, match=r"another list of files than .* now matches \(2 then, 2 now\): put back .*; to prepare the new list, remove"):
         run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "c.jsonl").rename(tmp_path / "b.jsonl")
     (tmp_path / "out/logs/completions/00001").unlink()
     run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(BadInput, match=r"\(2 then, 1 now\)"):
+    with pytest.raises(BadInput, match=r"\(2 then, 1 now\): put back .*; to prepare the new list, choose another data\.dir"):
         run(tmp_path / "*.jsonl", model, tmp_path / "out")
 
 
@@ -226,7 +228,9 @@ def test_a_source_that_was_changed_is_refused_once_a_rank_has_read_it(corpus, mo
     manifest = run(source, model, tmp_path / "out", tasks=4)  # nothing was done yet
     assert sum(manifest["splits"][split]["documents"] for split in prepare.SPLITS) == 80
     source.write_text("".join(lines[:81]))
-    with pytest.raises(BadInput, match=r"files of file://.*texts\.jsonl were changed since .*out was prepared: put them back, .*, choose another data\.dir"):
+    with pytest.raises(
+        BadInput, match=r"files of file://.*texts\.jsonl were changed since .*out was prepared: put them back, .*, choose another data\.dir"
+    ):
         run(source, model, tmp_path / "out", tasks=4)
 
 
