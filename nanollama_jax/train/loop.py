@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         if tuning and origin != workdir:
             inherited["provenance"] = provenance(before)
-        named = config.tuning if tuning else config.corpora  # a licence that is stated now, or what preparation knew
+        named = config.tuning if tuning else config.corpora  # a licence stated now, else the one prepared with
         read = {name: named.get(name, {}).get("licence") or feed.sources[name].manifest["licence"] for name in config.data.sources}
         inherited["corpora"] = ({} if tuning or not before else trained_on(before)) | read
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
