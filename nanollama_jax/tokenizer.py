@@ -40,6 +40,7 @@ _SPACE = "\u2581"  # as SentencePiece writes a space
 _PART_CHARACTERS = 4000
 _CUT = re.compile(f"(?<=[^ {_SPACE}]) (?=.)", re.DOTALL)
 _STRETCH_CHARACTERS = 4000
+_RESERVED = "\u2585"  # ▅: the trainer skips a whole sentence that has it; encoding takes it as any character
 _LINE_START, _NOT_JOINED = re.compile(r"\n(?=\S)"), "\ue000"
 _STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STRETCH_CHARACTERS}}}")
 
@@ -64,7 +65,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
                     read_bytes += len(match.group().encode())
                     if read_bytes > max_bytes:
                         return
-                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group())
+                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group()).replace(_RESERVED, _NOT_JOINED)
         except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
             failure = error
 

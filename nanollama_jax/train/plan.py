@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nanollama_jax.config import check
-from nanollama_jax.data.prepare import token_dtype
+from nanollama_jax.data.shards import dtype_for
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.settings import MEMORY_FRACTION
 from nanollama_jax.train.memory import step_memory
@@ -73,7 +73,7 @@ def bytes_per_token(config: ConfigDict) -> int:
     """Of prepared data, before compression. Conversations and pairs take 4: one bit says who speaks."""
     if config.task != "pretrain":
         return 4
-    return np.dtype(token_dtype(config.model.vocab_size)).itemsize
+    return np.dtype(dtype_for(config.model.vocab_size)).itemsize
 
 
 def checkpoints_kept(config: ConfigDict) -> int:

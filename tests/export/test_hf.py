@@ -356,6 +356,18 @@ def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_pat
     assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
 
 
+def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(trained):
+    metadata = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text())
+    assert metadata["corpora"] == {"code": "PSF-2.0"}
+    config = metadata["config"]
+    config["corpora"]["never_read"] = {"url": "builtin://docs", "licence": "secret"}
+    metadata["corpora"] = {"code": "not stated", "books": "CC0"}  # books: of a phase before
+    card = model_card(checkpoint.load(trained).model, metadata, "float32")
+    assert "| books | CC0 |\n| code | not stated |\n" in card and "never_read" not in card and "PSF" not in card
+    before = {key: value for key, value in metadata.items() if key != "corpora"}  # an older checkpoint
+    assert provenance(before)["corpora"] == {"code": "PSF-2.0"}
+
+
 def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):
     proto = spm.ModelProto.FromString(loaded.tokenizer.model_bytes)
     proto.normalizer_spec.remove_extra_whitespaces = True
