@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,10 +14,18 @@ from nanollama_jax.errors import BadInput
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which takes its place at `path` once it is written and on the disk; its folder is made. A failure leaves what was there."""
+    """A file to write, which takes its place at `path` once it is written and on the disk; its folder is made. A failure leaves what was there.
+
+    What processes of this host that were killed had begun of the same file is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    for other in path.parent.iterdir():
+        process = other.name.removeprefix(prefix).removesuffix(".tmp")
+        if other.name == f"{prefix}{process}.tmp" and process.isdecimal() and not _runs(int(process)):
+            other.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -25,6 +34,16 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
