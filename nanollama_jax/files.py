@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
 
 _TAKE_OVER_SECONDS = 0.5
@@ -18,10 +19,18 @@ _TAKE_OVER_SECONDS = 0.5
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which takes its place at `path` once it is written and on the disk; its folder is made. A failure leaves what was there."""
+    """A file to write, which takes its place at `path` once it is written and on the disk; its folder is made. A failure leaves what was there.
+
+    What processes of this host that were killed had begun of the same file is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    for other in path.parent.iterdir():
+        process = other.name.removeprefix(prefix).removesuffix(".tmp")
+        if other.name == f"{prefix}{process}.tmp" and process.isdecimal() and _start_of(int(process)) is None:
+            other.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -78,7 +87,7 @@ def locked(path: str | os.PathLike, else_say: str) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
             held = Path(f"{os.fspath(path)}.held")
-            print(f"{held.parent}: no locks here ({error.strerror}): {held} keeps other processes out instead", flush=True)
+            console.print(f"{held.parent}: no locks here ({error.strerror}): {held} keeps other processes out instead")
             stack.enter_context(_held(held, else_say))
         yield
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from datatrove.data import Document
 
+from nanollama_jax.console import console, track
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import Tokenizer
@@ -204,19 +203,17 @@ def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, jus
     if not unknown and not just_written:
         return
     if (total := sum(looks[file][1] for file in unknown)) > _WORTH_A_LINE:
-        print(f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are", flush=True)
-    console = rich.console.Console(stderr=True)
+        console.print(f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         checksums = pool.map(_checksum, [directory / file for file in unknown])
-        checksums = rich.progress.track(checksums, f"{directory}: verifying", len(unknown), console=console, disable=not console.is_terminal)
-        for file, checksum in zip(unknown, checksums):
+        for file, checksum in zip(unknown, track(checksums, f"{directory}: verifying", len(unknown))):
             if checksum != looks[file][0]:
                 pool.shutdown(cancel_futures=True)
                 raise BadInput(f"shard {directory / file} is damaged or another one's, its checksum differs: {remedy}")
     try:
         write_json(directory / VERIFIED, looks)
     except OSError as error:
-        print(f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again", flush=True)
+        console.print(f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again")
 
 
 def _verified(directory: Path) -> dict[str, list]:

@@ -298,6 +298,11 @@ def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
     metadata = json.loads((other / "metadata/metadata").read_text())
     metadata["model"]["norm_eps"] = 1e-6
     (other / "metadata/metadata").write_text(json.dumps(metadata))
+    with pytest.raises(BadInput, match="step_60 is damaged .metadata/metadata is not what was written"):
+        checkpoint.load(tmp_path / "curriculum")
+    del metadata["checksums"]  # as earlier versions wrote
+    (other / "checksums.json").unlink()
+    (other / "metadata/metadata").write_text(json.dumps(metadata))
     with pytest.raises(BadInput, match=r"several models \(other, phase1\)"):
         checkpoint.load(tmp_path / "curriculum")
     assert checkpoint.load(other).context_length == 128
