@@ -19,8 +19,8 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
-from nanollama_jax import settings
-from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
+from nanollama_jax import distributed, settings
+from nanollama_jax.errors import flags_parser, one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, with an optional scale after a colon: configs/phase1.py:nano.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and curves go. Default: runs/RECIPE_SCALE.")
@@ -40,20 +40,13 @@ def default_workdir() -> str:
 def main(_: list[str]) -> None:
     settings.apply(DETERMINISTIC.value)
     # Not at the top: settings come first, and the workers that prepare data import this file and have no use for these.
-    import jax
-
     from nanollama_jax import curriculum
     from nanollama_jax.train.loop import train
 
-    with one_line_errors():
-        if bool(NUM_PROCESSES.value) != bool(COORDINATOR.value and COORDINATOR.value != "auto") or (NUM_PROCESSES.value and PROCESS_ID.value is None):
-            raise BadInput("--coordinator=HOST:PORT, --num_processes and --process_id go together (or --coordinator=auto alone)")
-        if COORDINATOR.value == "auto":
-            jax.distributed.initialize()
-        elif COORDINATOR.value:
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    flags_of_process = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    with one_line_errors(), distributed.joined(*flags_of_process):
         settings.keep_compiled()
-        workdir = WORKDIR.value or default_workdir()
+        workdir = default_workdir() if WORKDIR.value is None else WORKDIR.value
         if "stages" in CONFIG.value:
             curriculum.run(CONFIG.value, workdir)
         else:
@@ -61,12 +54,11 @@ def main(_: list[str]) -> None:
 
 
 def exit_alone(argv: list[str]) -> None:
-    """One of several processes that fails ends at once: leaving in order would wait for the others, who wait for it."""
+    """One of several processes that fails does not wait for the others to exit."""
     try:
         main(argv)
-    except SystemExit as end:
-        if NUM_PROCESSES.value and end.code:
-            os._exit(end.code)
+    except BaseException as error:
+        distributed.leave(error)
         raise
 
 

@@ -27,6 +27,32 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def output_path(path: str | os.PathLike, flag: str = "--out") -> Path:
+    """`path`, absolute, before the work whose result goes there. Raises BadInput where nothing can be written: an empty name, below a file or in a
+    folder that cannot be written, in a checkpoint, or over a device."""
+    if not os.fspath(path):
+        raise BadInput(f"{flag} is empty: name what to write")
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise BadInput(f"{flag} {path} is a device or a pipe: choose another name")
+    folder = next((folder for folder in path.parents if os.path.lexists(folder)), path)
+    if not folder.is_dir():
+        raise BadInput(f"{flag} {path}: {folder} is no folder: choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag} {path}: {folder} cannot be written: choose another name, or change its permissions")
+    if checkpoint := next((folder for folder in path.parents if (folder / "_CHECKPOINT_METADATA").exists()), None):
+        raise BadInput(f"{flag} {path} is in the checkpoint {checkpoint}: choose another name")
+    return path
+
+
+def output_file(path: str | os.PathLike, flag: str = "--out") -> Path:
+    """`output_path`, also refusing a folder."""
+    path = output_path(path, flag)
+    if path.is_dir():
+        raise BadInput(f"{flag} {path} is a folder: name a file in it")
+    return path
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

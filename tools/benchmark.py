@@ -31,6 +31,7 @@ from benchmarks.report import collect, has_gpu
 from configs.common import MODELS
 from configs.corpora import BENCHMARKS
 from nanollama_jax import settings
+from nanollama_jax.errors import ArgumentParser
 
 ON_GPU = ("train", "torch", "breakdown", "kernels", "decode")
 ONLY_ON_GPU = ("torch", "breakdown", "kernels")
@@ -71,7 +72,7 @@ def on_gpu(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("what", choices=("train", "torch", "breakdown", "kernels", "data", "decontaminate", "corpus", "decode", "grammar"))
     parser.add_argument("--source", help="data, decontaminate: a source URL (default: the built-in corpus)")
     parser.add_argument("--benchmark", action="append", default=[], metavar="NAME=URL", help="decontaminate, data: what to search for")

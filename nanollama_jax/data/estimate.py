@@ -16,9 +16,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
+from nanollama_jax.console import Table, console
 from nanollama_jax.data import sources
 from nanollama_jax.data.executor import cores
 from nanollama_jax.data.filters import filter_named
@@ -133,11 +132,11 @@ def print_estimates(config: ConfigDict) -> None:
     if len(config.corpora) > 1:
         table.add_section()
         table.add_row("all", *_cells(*total))
-    Console().print(table)
-    print("\n".join(notes))
+    console.print(table)
+    console.print("\n".join(notes))
     if tokenizer is None:
-        print(f"There is no tokenizer yet: {_UNTRAINED[0]} bytes a token and {_UNTRAINED[1] / 1e6:.0f} MB/s on a core are assumed.")
-    print("On top come downloads, which are the network's time, and the search for benchmarks: a tenth of the hours, or less.")
+        console.print(f"There is no tokenizer yet: {_UNTRAINED[0]} bytes a token and {_UNTRAINED[1] / 1e6:.0f} MB/s on a core are assumed.")
+    console.print("On top come downloads, which are the network's time, and the search for benchmarks: a tenth of the hours, or less.")
 
 
 def _cells(documents: float, text: float, tokens: float, disk: float, hours: float) -> list[str]:

@@ -1,7 +1,8 @@
 """Conversations and preference pairs -> token ids on disk, for SFT and DPO: shards and a manifest as those of data/prepare.py, made in one process.
 
-A record of a conversation is its ids, uint32, with the highest bit set in those that the assistant says; a pair's is the length of the chosen side,
-then chosen and rejected so, in which only the answers, not what is shared before them, count as said. What does not fit a row is left out, counted
+A record of a conversation is its ids, uint32, with the highest bit set in those to be learned: what the assistant says, but for messages that
+are not to be trained on. A pair's is the length of the chosen side, then chosen and rejected so, in which only the answers, not what is shared
+before them, are to be learned. What does not fit a row is left out, counted
 and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows="skip"` is named there too.
 """
 
@@ -13,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
-import rich.table
 from ml_collections import ConfigDict
 
+from nanollama_jax.console import Table, console, track
 from nanollama_jax.data import chat, decontaminate
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
@@ -67,9 +66,7 @@ def prepare(
             row = PARSERS[kind](record, where)
             return row, *_record(row, tokenizer)
 
-        console = rich.console.Console(stderr=True)
-        records = rich.progress.track(read_rows(url, parse, on_bad), f"{name}: encoding", console=console, disable=not console.is_terminal)
-        for row, record, question, length in records:
+        for row, record, question, length in track(read_rows(url, parse, on_bad), f"{name}: encoding"):
             if length > max_tokens:
                 left_out["too long"].append(f"{row.where}: {length} tokens, where seq_len is {max_tokens}")
                 continue
@@ -82,7 +79,7 @@ def prepare(
         if not splits["train"]["documents"]:
             why = ", ".join(f"{count} {reason}" for reason, count in (counts | {"in validation": splits["validation"]["documents"]}).items())
             raise BadInput(f"{name}: no row of {url} is left to train on ({why}): check it, or lower data.tuning_validation_fraction")
-        (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines))
+        (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines), encoding="utf-8")
         manifest = settings | {"left_out": counts, "splits": splits}
         write_json(out_dir / MANIFEST, manifest)
     return manifest
@@ -131,7 +128,7 @@ def prepare_stage(config: ConfigDict) -> None:
     if absent := [name for name in names if name not in config.tuning]:
         raise BadInput(f"data.sources has {absent[0]}, which is not in config.tuning: name its url there")
     already = all((Path(config.data.dir) / name / MANIFEST).exists() for name in names)
-    table = rich.table.Table(
+    table = Table(
         "source", "rows", "tokens", "validation rows", "too long", "bad", "contaminated", title=f"{config.name}, up to {config.seq_len:,} tokens"
     )
     for name in names:
@@ -143,6 +140,6 @@ def prepare_stage(config: ConfigDict) -> None:
         left_out = {"too long": 0, "bad": 0, "contaminated": 0} | manifest["left_out"]  # an earlier version did not look for benchmarks
         table.add_row(name, *(f"{count:,}" for count in (train["documents"], train["tokens"], validation["documents"], *left_out.values())))
         if any(left_out.values()):
-            print(f"{name}: {left_out} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}", flush=True)
+            console.print(f"{name}: {left_out} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}")
     if not already:
-        rich.console.Console().print(table)
+        console.print(table)

@@ -75,15 +75,17 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
 
 def train_batches(
     sources: Mapping[str, Source], weights: Mapping[str, float], tokenizer: Tokenizer, *,
-    batch_size: int, seq_len: int, max_segments: int, seed: int, rows: int | None = None,
+    batch_size: int, seq_len: int, max_segments: int, seed: int, windows: Mapping[str, int] | None = None,
 ) -> grain.IterDataset:  # fmt: skip
-    """Endless global batches of the sources in `weights`, of which `rows` will be read. Iterators have get_state and set_state."""
+    """Endless global batches of the sources in `weights`. Iterators have get_state and set_state; a state holds for the same
+    `windows` alone (source -> rows that are shuffled among each other; the longest without).
+    """
     check_weights(sources, weights)
-    shuffled, total = {}, sum(weights.values())
-    for name, weight in sorted(weights.items()):
+    shuffled = {}
+    for name in sorted(weights):
         packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
-        window = shuffle_window(seq_len, rows and int(rows * weight / total))
+        window = windows[name] if windows else shuffle_window(seq_len)
         shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=own_seed(seed, name))
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
@@ -108,6 +110,12 @@ def shuffle_window(seq_len: int, rows: int | None = None) -> int:
         return window
     rows = max(1, rows - 2)  # the mix is within a row of the shares
     return rows // -(-rows // window)
+
+
+def shuffle_windows(weights: Mapping[str, float], seq_len: int, rows: int) -> dict[str, int]:
+    """source -> its shuffle window in a stage that reads `rows` of all sources together."""
+    total = sum(weights.values())
+    return {name: shuffle_window(seq_len, int(rows * weight / total)) for name, weight in weights.items()}
 
 
 def positions(state: dict[str, Any], sources: Mapping[str, Source], seed: int) -> dict[str, Any]:

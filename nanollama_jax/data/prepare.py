@@ -16,9 +16,8 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
+from nanollama_jax.console import Table, console
 from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
@@ -71,7 +70,7 @@ class WriteTokens(PipelineStep):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         tokenizer, index = self.tokenizer, decontaminate.load_index(self.benchmarks) if self.benchmarks else None
-        dtype = np.dtype(_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         writers = {split: ShardWriter(self.out_dir, f"{split}-{rank:05d}", self.shard_tokens) for split in SPLITS}
         max_tokens = -(-self.max_tokens // world_size) or np.inf
         counts, hits, removed = np.zeros(3, np.int64), [], Counter()
@@ -171,7 +170,7 @@ def prepare_source(
                     f"source {name} has {documents} documents and none fell into {split} at validation_fraction={validation_fraction}: "
                     f"{change} data.validation_fraction and remove {out_dir}"
                 )
-        manifest = {"name": name, "licence": licence, "dtype": _dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
+        manifest = {"name": name, "licence": licence, "dtype": token_dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"left_out": _left_out(logs, tasks)}
         manifest |= {"decontamination": decontamination, "splits": splits}
         verify_shards(out_dir, manifest, checksums=begun)
@@ -181,7 +180,7 @@ def prepare_source(
             path.unlink()  # what ranks that were killed left
         tokens = sum(splits[split]["tokens"] for split in SPLITS)
         if tokens < max_tokens and any(sum(shard["tokens"] for split in SPLITS for shard in rank[split]) * tasks >= max_tokens for rank in ranks):
-            print(
+            console.print(
                 f"{name}: {tokens:,} tokens of {max_tokens:,}: some ranks had less than their share; with a lower data.prepare_tasks there are more"
             )
     return manifest
@@ -206,7 +205,8 @@ def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | N
     return {"policy": policy, "benchmarks": benchmarks, "benchmarks_sha256": hashlib.sha256(items.read_bytes()).hexdigest(), **counts}
 
 
-def _dtype(vocab_size: int) -> str:
+def token_dtype(vocab_size: int) -> str:
+    """In which a document's token ids are kept."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -244,7 +244,7 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
                 f"tokenizer {path} is missing, and {absent[0]}, which it is trained on, is not in this config's corpora: "
                 "prepare the config that has it first, or set tokenizer.path or tokenizer.sources"
             )
-        print(f"training {path}: {config.tokenizer.vocab_size:,} pieces on {', '.join(config.tokenizer.sources)}", flush=True)
+        console.print(f"training {path}: {config.tokenizer.vocab_size:,} pieces on {', '.join(config.tokenizer.sources)}")
         urls = [config.corpora[name].url for name in config.tokenizer.sources]
         train_tokenizer_for(urls, path, config.tokenizer.vocab_size, config.tokenizer.training_bytes)
     if (found := Tokenizer(path).vocab_size) != config.tokenizer.vocab_size:
@@ -262,7 +262,7 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
     if None in manifests:
         return False
     if already:
-        print(f"{config.data.dir}: already prepared: {', '.join(directories)}")
+        console.print(f"{config.data.dir}: already prepared: {', '.join(directories)}")
         return True
     table = Table("source", "documents", "tokens", "bytes per token", "validation", "contaminated")
     for manifest in manifests:
@@ -272,7 +272,7 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
             manifest["name"], f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}", f"{validation['tokens']:,}",
             _contaminated(manifest),
         )  # fmt: skip
-    Console().print(table)
+    console.print(table)
     return True
 
 

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nanollama_jax import checkpoint, sharding
+from nanollama_jax import checkpoint, distributed, sharding
+from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.files import locked, whole_file
+from nanollama_jax.files import locked
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
@@ -35,7 +36,7 @@ from nanollama_jax.train import step as steps
 from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
 from nanollama_jax.train.objectives import means
-from nanollama_jax.train.origin import find_origin, weights_of_start, weights_to_start_from
+from nanollama_jax.train.origin import check_changes, find_origin, kept_windows, weights_of_start, weights_to_start_from, write_config
 from nanollama_jax.train.reference import open_reference
 from nanollama_jax.train.settle import settle
 from nanollama_jax.train.signals import stop_signals
@@ -52,7 +53,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     with contextlib.ExitStack() as cleanup:
         # ---- Settle the config and the workdir
         model = settle(config)
+        check_workdir(workdir)
         workdir = pathlib.Path(workdir)
+        if checkpoint.is_checkpoint(workdir.absolute()):
+            raise BadInput(f"--workdir={workdir} is a checkpoint: name its run, {workdir.absolute().parent.parent}, or another folder")
+        distributed.check_agreement({"config": config.to_dict(), "model": dataclasses.asdict(model), "workdir": str(workdir.absolute())})
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
         if is_main:
@@ -71,7 +76,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         tokenizer = Tokenizer(config.tokenizer.path)
         if tokenizer.vocab_size != model.vocab_size:
             raise BadInput(f"{config.tokenizer.path} has {tokenizer.vocab_size} pieces and model.vocab_size={model.vocab_size}: make them agree")
-        feed = open_feed(config, tokenizer)
+        feed = open_feed(config, tokenizer, kept_windows(workdir))
         batches, tuning = feed.batches, config.task != "pretrain"
         cleanup.callback(batches.close)
 
@@ -82,16 +87,29 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # ---- Restore or initialise: the run's own latest checkpoint, config.init_from, scratch
         about_data = {"tokenizer_sha256": tokenizer.sha256, "data_sha256": pipeline.fingerprint({k: feed.sources[k] for k in config.data.sources})}
         origin, origin_step = find_origin(config, workdir, model, about_data)
+        distributed.check_agreement(
+            {
+                "tokenizer": tokenizer.sha256,
+                "data": {name: pipeline.fingerprint({name: source}) for name, source in feed.sources.items()},
+                "start": f"{origin} at step {origin_step}",
+            }
+        )
         before = checkpoint.read_metadata(origin, origin_step) if origin else {}
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         if tuning and origin != workdir:
             inherited["provenance"] = provenance(before)
+        if feed.shuffle_windows:
+            inherited["shuffle_windows"] = feed.shuffle_windows
+        # Fine-tuning counts its own tokens, as it does its steps; those of the base model are in `provenance`.
+        tokens_before = 0 if tuning and origin != workdir else before.get("tokens_seen", 0)
+        if tokens_before:
+            exact = "checksums" in before or before["config"]["start_step"] == 0
+            how = "" if exact else ", as an earlier version reckoned them: all steps as if they had this stage's tokens"
+            log.info("%s: %s tokens seen up to step %d%s", config.name, f"{tokens_before:,}", origin_step, how)
+        if origin == workdir and (changed := check_changes(before["config"], json.loads(config.to_json_best_effort()), origin_step)):
+            log.warning("%s: %s", config.name, changed)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
-        if is_main:
-            settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
-            with whole_file(workdir / "config.json") as file:
-                file.write(settled.to_json_best_effort(indent=1).encode() + b"\n")
         read_before = {}  # source -> where earlier stages left it
         if origin is None:
             (workdir / "gates.json").unlink(missing_ok=True)
@@ -111,6 +129,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             batches.set_state(position)
             if anew:
                 log.warning("%s: read from their beginning, for the seed or the corpus is another than before: %s", config.name, ", ".join(anew))
+        if is_main:
+            settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
+            write_config(workdir, settled.to_json_best_effort(indent=1).encode() + b"\n", origin_step if origin == workdir else None)
         step = first_step = int(state.step)
         if origin is None:
             start = "from scratch"
@@ -191,11 +212,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             for line in samples.lines(engine, prompts, config.samples.max_new_tokens):
                 log.info("%s step %d  %s", config.name, step, line)
 
-        def save() -> None:
+        def save(validation_loss: float | None) -> None:
             about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited | {"lowest_loss": watch.lowest}
+            about["tokens_seen"] = tokens_before + (step - first_step) * config.tokens_per_step
             position = batches.get_state()
             data = {"batches": position, "positions": {} if tuning else read_before | pipeline.positions(position, feed.sources, config.seed)}
-            checkpoints.save(step, state, data, about, tokenizer.model_bytes)
+            checkpoints.save(step, state, data, about, tokenizer.model_bytes, validation_loss)
 
         def pass_gate(perplexity: float | None) -> None:
             limits = gate_limits(step)
@@ -247,7 +269,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                     log.warning("%s: not saved at step %d: %s", config.name, step, why)
                 elif to_save:
                     watch.not_saved_in_a_row = 0
-                    save()
+                    save(None if perplexity is None else float(np.log(perplexity)))
                 if to_sample and not stop:
                     sample()
                 if perplexity is not None:
@@ -324,11 +346,10 @@ def measure_all(
 
 
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:
-    """The metadata of a checkpoint."""
+    """The metadata of a checkpoint, but for `tokens_seen` and what it inherits."""
     return {
         "phase": config.name,
         "step": step,
-        "tokens_seen": step * config.tokens_per_step,
         "model": dataclasses.asdict(model),
         "rope_theta": rope_theta,
         **about_data,
@@ -347,8 +368,10 @@ def git_commit() -> str:
 
 
 def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
-    """The beginnings of the first documents of a row as text, special tokens by name, control characters escaped: what the model is fed."""
+    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first documents as text,
+    special tokens by name, control characters escaped."""
     tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
     found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
     found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
-    return f"{len(found)} segment(s): " + " | ".join(repr(tokenizer.show(ids)[:characters]) for ids in found[:documents])
+    learned = int(batch["loss_weights"][0].sum())
+    return f"{len(found)} segment(s), {learned:,} tokens learned: " + " | ".join(repr(tokenizer.show(ids)[:characters]) for ids in found[:documents])

@@ -10,16 +10,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import rich.console
-import rich.logging
 import rich.progress
 from ml_collections import ConfigDict
 
+from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 
 log = logging.getLogger("nanollama")
-console = rich.console.Console(highlight=False)
 
 # Dense bf16 FLOP/s, NVIDIA data sheets. MFU is given for these, elsewhere FLOP/s alone.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12}
@@ -34,7 +32,7 @@ def set_up_logging(workdir: pathlib.Path, is_main_process: bool) -> None:
     log.propagate = False
     log.addHandler(_Terminal())
     if is_main_process:
-        file = logging.FileHandler(workdir / "log.txt")
+        file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
 
@@ -66,9 +64,9 @@ class Reporter:
         self._wandb = start_wandb(config, workdir)
         if console.is_terminal:
             columns = (
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=24),
-                rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}"),
+                rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}", markup=False),
             )
             self._live = rich.progress.Progress(*columns, console=console, transient=True)
             self._task = self._live.add_task(config.name, total=config.end_step, completed=max(0, step), line="")

@@ -50,8 +50,14 @@ def our_logits(loaded: checkpoint.Loaded, tokens: list[int]) -> np.ndarray:
     ]
 
 
-def with_tokenizer(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
-    return checkpoint.Loaded(loaded.model, loaded.params, tokenizer, loaded.metadata, loaded.path)
+def with_vocabulary(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
+    """The model with embedding and head of the tokenizer's size, zeros in what is new."""
+    more = tokenizer.vocab_size - loaded.model.vocab_size
+    embedding = np.pad(loaded.params["embedding"]["kernel"], ((0, more), (0, 0)))
+    head = np.pad(loaded.params["head"]["kernel"], ((0, 0), (0, more)))
+    model = dataclasses.replace(loaded.model, vocab_size=tokenizer.vocab_size)
+    params = loaded.params | {"embedding": {"kernel": embedding}, "head": {"kernel": head}}
+    return checkpoint.Loaded(model, params, tokenizer, loaded.metadata, loaded.path)
 
 
 def test_transformers_gives_our_logits(loaded, exported):
@@ -104,7 +110,7 @@ def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path
     if which == "mistral":
         tokenizer = Tokenizer(request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model")
         folder = tmp_path / "mistral"
-        hf.export(with_tokenizer(loaded, tokenizer), folder)
+        hf.export(with_vocabulary(loaded, tokenizer), folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     texts = awkward_strings()
     assert len(texts) >= 3000
@@ -117,7 +123,7 @@ def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path
 def test_a_chat_vocabulary_brings_its_template(loaded, exported, tmp_path):
     assert not (exported / "chat_template.jinja").exists()
     tokenizer = Tokenizer("chat", loaded.tokenizer.extended())
-    hf.export(with_tokenizer(loaded, tokenizer), tmp_path / "chat")
+    hf.export(with_vocabulary(loaded, tokenizer), tmp_path / "chat")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
     asked = theirs.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], add_generation_prompt=True)["input_ids"]
     assert asked == chat.encode_prompt([Message("user", "What is 2 + 2?")], tokenizer)  # tests/data/test_chat.py has the rest
@@ -303,7 +309,7 @@ def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):
     proto = spm.ModelProto.FromString(loaded.tokenizer.model_bytes)
     proto.normalizer_spec.remove_extra_whitespaces = True
     with pytest.raises(BadInput, match="removes extra whitespace"):
-        hf.export(with_tokenizer(loaded, Tokenizer("x", proto.SerializeToString())), tmp_path / "out")
+        hf.export(with_vocabulary(loaded, Tokenizer("x", proto.SerializeToString())), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

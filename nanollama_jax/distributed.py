@@ -1,0 +1,456 @@
+"""Several processes as one run: they meet, agree on what they run, and end together.
+
+jax by itself trains on when processes were started differently, and aborts with a C++ stack trace
+about 100 s after a peer has died. So every process keeps a TCP connection to process 0 besides those
+of jax. The kernel closes it when a process dies, however it dies; before that it carries what must
+agree and the line that a process stopped with. jax's own coordination runs through the same port: a
+process that lost process 0 would otherwise be aborted before it could say so.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from nanollama_jax.errors import BadInput, RunStopped
+
+CONNECT_S = 300  # within this all processes must have arrived
+JAX_HEARTBEAT_S = 600  # jax's own verdict on a silent process, an abort: ours comes long before it
+FOR_JAX = b"jax\n"  # the first line of a connection that carries jax's coordination
+WELCOME = {"welcome": True}
+PACKAGE = pathlib.Path(__file__).parent
+LIBRARIES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "sentencepiece",
+)
+
+_links: "Links | None" = None  # of this process, if it is one of several
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
+    """Inside, this is process `process_id` of `num_processes`, as jax sees it too; of one if all are None.
+
+    `coordinator` is HOST:PORT of process 0, or `auto` in a Slurm or Open MPI job. An exception that
+    leaves the block ends the other processes as well, each with a line that tells of it. Raises
+    BadInput if the flags are wrong, the processes do not meet, or their code or versions differ.
+    """
+    global _links
+    place = _place(coordinator, num_processes, process_id)
+    if place is None:
+        yield
+        return
+    _links = Links(*place)
+    try:
+        if _links.process_id == 0:
+            _links.listen()
+        else:
+            _links.connect()
+        check_agreement(_installed(), limit_s=CONNECT_S)
+        _start_jax(_links)
+        yield
+        _links.send({"finished": True})
+        import jax
+
+        jax.distributed.shutdown()
+    except BaseException as error:
+        _links.tell(error)
+        raise
+
+
+def check_agreement(facts: dict[str, Any], limit_s: float = float("inf")) -> None:
+    """Waits for all processes and raises BadInput, on each, unless `facts` (JSON) are the same on all."""
+    if _links is None:
+        return
+    facts = flat(facts)
+    if _links.process_id:
+        _links.send({"facts": facts})
+        _links.receive("the other processes", limit_s)
+        return
+    found = {}
+    while missing := sorted(set(range(1, _links.count)) - found.keys()):
+        process, message = _links.receive(f"process {', '.join(map(str, missing))}", limit_s)
+        found[process] = message["facts"]
+    for process, theirs in sorted(found.items()):
+        if text := difference(facts, theirs, process):
+            raise BadInput(text)
+    _links.send({"agreed": True})
+
+
+def difference(ours: dict[str, str], theirs: dict[str, str], process: int) -> str:
+    """What differs between the `flat` facts of process 0 and of another; empty if nothing does."""
+    names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+    if not names:
+        return ""
+    first = names[0]
+    more = f"; {', '.join(names[1:4])} differ{'s' if len(names) == 2 else ''} too" * (len(names) > 1)
+    return (
+        f"the processes disagree: {first} is {ours.get(first, 'absent')} on process 0 and "
+        f"{theirs.get(first, 'absent')} on process {process}{more}: start all with the same command, "
+        "code and data"
+    )
+
+
+def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dicts as one, keys joined with dots, values as JSON (so that a NaN equals a NaN)."""
+    found = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return found
+
+
+def leave(error: BaseException) -> None:
+    """Ends one of several processes at once, if it failed: an orderly exit would wait for the others in jax."""
+    if _links is None or (isinstance(error, SystemExit) and not error.code):
+        return
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    _exit(error.code if isinstance(error, SystemExit) else 1)
+
+
+class Links:
+    """The connections of this process: process 0's to all others, another's to process 0.
+
+    Messages are JSON objects, one a line. A thread for each connection takes them. It ends the process
+    when the other is gone or says that it stopped, and leaves everything else to `receive`.
+    """
+
+    def __init__(self, host: str, port: int, count: int, process_id: int):
+        self.host, self.port = host, port
+        self.count, self.process_id = count, process_id
+        self.jax_port = _free_port()
+        self._sockets: dict[int, socket.socket] = {}
+        self._threads: list[threading.Thread] = []
+        self._inbox: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self._finished: set[int] = set()
+        self._sending, self._ending = threading.Lock(), threading.Lock()
+
+    def listen(self) -> None:
+        """Process 0: takes connections from now on."""
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        try:
+            server = socket.create_server(("", self.port), family=family, dualstack_ipv6=dual)
+        except OSError as error:
+            raise BadInput(
+                f"process 0 cannot open port {self.port} here ({error.strerror}): choose another port in --coordinator, the same on every process"
+            ) from None
+        _thread(_accept, server, self._meet)
+
+    def connect(self) -> None:
+        """Another process: finds process 0, which may start later."""
+        waiting = _Waiting(CONNECT_S)
+        while True:
+            try:
+                connection = socket.create_connection((self.host, self.port), timeout=5)
+                break
+            except OSError as error:
+                reason = error.strerror or error
+                waiting.check(f"process 0 at {self.host}:{self.port} ({reason})")
+                time.sleep(0.5)
+        answer = {}
+        with contextlib.suppress(OSError, ValueError):
+            connection.settimeout(20)
+            hello = {"process_id": self.process_id, "num_processes": self.count}
+            connection.sendall(_line(hello))
+            answer = json.loads(_first_line(connection))
+        if answer != WELCOME:
+            other = f"what answers at {self.host}:{self.port} is not process 0: choose another port"
+            raise BadInput(answer.get("refused", other) if isinstance(answer, dict) else other)
+        self._add(0, connection)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """To process 0; from process 0 to all others."""
+        with self._sending:
+            for connection in self._sockets.values():
+                with contextlib.suppress(OSError):  # its own thread sees that the other is gone
+                    connection.sendall(_line(message))
+
+    def receive(self, awaited: str, limit_s: float) -> tuple[int, dict[str, Any]]:
+        """The next message and whose it is; raises BadInput if `awaited` say nothing for `limit_s`."""
+        waiting = _Waiting(limit_s)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                process, message = self._inbox.get(timeout=1)
+                if "refused" in message:
+                    raise BadInput(message["refused"])
+                if "finished" in message:
+                    raise BadInput(
+                        f"process {process} has nothing left to do and process {self.process_id} has: "
+                        "give all the same --workdir, in a directory that all hosts share"
+                    )
+                return process, message
+            waiting.check(f"{awaited} of {self.count} at {self.host}:{self.port}")
+
+    def tell(self, error: BaseException) -> None:
+        """Ends the others because of an error here; does not return if they are ending this process."""
+        of_user = isinstance(error, BadInput | RunStopped | KeyboardInterrupt)
+        if not of_user:
+            time.sleep(3)  # a collective fails when a peer dies: the thread that lost it says so better
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not of_user and not isinstance(error, OSError):
+            text = f"{type(error).__name__}: {text[:300]} (its output has the traceback)"
+        code = {BadInput: 2, RunStopped: 3}.get(type(error), 1)
+        self._end_others(f"process {self.process_id} of {self.count} stopped: {text}", code)
+
+    def _end(self, text: str, code: int) -> None:
+        """Ends this process, and before it, if it is process 0, the others."""
+        if self._ending.acquire(blocking=False):
+            self._end_others(text, code)
+            print(f"error: {text}", file=sys.stderr)
+            _exit(code)
+
+    def _end_others(self, text: str, code: int) -> None:
+        self.send({"stopped": text, "code": code})
+        for connection in self._sockets.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + 2
+        for thread in self._threads:  # each lasts until the other has read this and closed
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _meet(self, connection: socket.socket) -> None:
+        """Process 0: who connects, another process or its jax, is said in the first line."""
+        with contextlib.suppress(OSError, ValueError):  # someone else: a port scan
+            connection.settimeout(20)
+            first = _first_line(connection)
+            if first == FOR_JAX:
+                connection.settimeout(None)
+                _relay(connection, _reach_service(self.jax_port), hold=False)
+                return
+            match json.loads(first):
+                case {"process_id": int(process), "num_processes": int(count)}:
+                    self._welcome(connection, process, count)
+
+    def _welcome(self, connection: socket.socket, process: int, count: int) -> None:
+        with self._sending:
+            complete = len(self._sockets) == self.count - 1
+            refused = ""
+            if count != self.count:
+                refused = f"process {process} has --num_processes={count} and process 0 {self.count}"
+            elif process in self._sockets:
+                refused = f"two processes have --process_id={process}"
+            if not refused:
+                connection.sendall(_line(WELCOME))
+                self._add(process, connection)
+                return
+        refused += ": give all the same number, and each its own id"
+        connection.sendall(_line({"refused": refused}))
+        if not complete:
+            self._inbox.put((process, {"refused": refused}))
+
+    def _add(self, process: int, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        _keep_alive(connection)
+        self._sockets[process] = connection
+        self._threads.append(_thread(self._take, process, connection))
+
+    def _take(self, process: int, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for line in connection.makefile("rb"):
+                message = json.loads(line)
+                if "stopped" in message:
+                    self._end(message["stopped"], message["code"])
+                    return
+                if "finished" in message:
+                    self._finished.add(process)
+                self._inbox.put((process, message))
+        if process not in self._finished:
+            self._end(
+                f"process {process} of {self.count} is gone (killed, crashed, or its host cannot be "
+                "reached): saved checkpoints are intact; rerun the same command on every process to "
+                "resume",
+                1,
+            )
+
+
+class _Waiting:
+    """Says now and then what is waited for, and for how long."""
+
+    def __init__(self, limit_s: float):
+        self._limit_s, self._started, self._say_at_s = limit_s, time.monotonic(), 5.0
+
+    def check(self, awaited: str) -> None:
+        waited_s = time.monotonic() - self._started
+        if waited_s > self._limit_s:
+            raise BadInput(
+                f"waited {waited_s:.0f} s for {awaited}: start every process with the same "
+                "--coordinator and --num_processes, and let all hosts reach that port"
+            )
+        if waited_s > self._say_at_s:
+            print(f"waiting for {awaited} ({waited_s:.0f} s)", flush=True)
+            self._say_at_s = waited_s + 30
+
+
+def _place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple[str, int, int, int] | None:
+    """Host and port of process 0, the number of processes, and which one this is; None for a single one."""
+    if coordinator == "auto":
+        if num_processes is not None or process_id is not None:
+            raise BadInput("--coordinator=auto finds --num_processes and --process_id itself: leave them out")
+        coordinator, num_processes, process_id = _of_cluster()
+    flags = {
+        "--coordinator=HOST:PORT": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in flags.items() if value is None]
+    if len(missing) == len(flags):
+        return None
+    if missing:
+        raise BadInput(f"{' and '.join(missing)} missing: {', '.join(flags)} go together (or --coordinator=auto alone)")
+    if num_processes < 1:
+        raise BadInput(f"--num_processes={num_processes}: at least 1")
+    if not 0 <= process_id < num_processes:
+        raise BadInput(f"--process_id={process_id}: with --num_processes={num_processes} ids go from 0 to {num_processes - 1}")
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # IPv6
+    if not host or not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
+        raise BadInput(f"--coordinator={coordinator}: write HOST:PORT with a port from 1 to 65535")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"--coordinator={coordinator}: no address for {host} ({reason})") from None
+    return host, int(port), num_processes, process_id
+
+
+def _of_cluster() -> tuple[str, int, int]:
+    """What jax finds in the environment of a Slurm or Open MPI job."""
+    from jax._src.clusters import ClusterEnv
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    found = ClusterEnv.auto_detect_unset_distributed_params(address, *[None] * 4, CONNECT_S)[:3]
+    if None in found:
+        raise BadInput(
+            "--coordinator=auto: this is no job of Slurm or Open MPI: start it with srun or mpirun, or give "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
+        )
+    return found
+
+
+def _start_jax(links: Links) -> None:
+    """jax.distributed.initialize, through the port of `links`."""
+    import jax
+
+    port = links.jax_port
+    if links.process_id:
+        server = socket.create_server(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        _thread(_accept, server, lambda connection: _relay_to_process_0(connection, links))
+    os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
+    jax.config.update("jax_check_proxy_envs", False)  # not used, whatever the environment says
+    try:
+        jax.distributed.initialize(
+            f"127.0.0.1:{port}",
+            links.count,
+            links.process_id,
+            initialization_timeout=CONNECT_S,
+            heartbeat_timeout_seconds=JAX_HEARTBEAT_S,
+            coordinator_bind_address=f"127.0.0.1:{links.jax_port}",
+        )
+    except RuntimeError as error:
+        raise BadInput(f"jax.distributed does not start: {error}") from error
+
+
+def _accept(server: socket.socket, take: Callable[[socket.socket], None]) -> None:
+    while True:
+        _thread(take, server.accept()[0])
+
+
+def _reach_service(port: int) -> socket.socket:
+    """A connection to jax's coordination service in this process, which may start later."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+        time.sleep(0.1)
+
+
+def _relay_to_process_0(near: socket.socket, links: Links) -> None:
+    far = socket.create_connection((links.host, links.port))
+    far.sendall(FOR_JAX)
+    _keep_alive(far)
+    _relay(near, far, hold=True)
+
+
+def _relay(near: socket.socket, far: socket.socket, hold: bool) -> None:
+    """Passes bytes both ways. `hold`: `near` stays open when `far` ends, for its jax would abort."""
+    _thread(_pump, near, far, True)
+    _pump(far, near, not hold)
+
+
+def _pump(source: socket.socket, sink: socket.socket, pass_end: bool) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    if pass_end:
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """The kernel closes the connection after a minute without an answer: the host is down or cut off."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """Reads no further than that."""
+    return connection.makefile("rb", buffering=0).readline(1000)
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _thread(target: Callable, *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _installed() -> dict[str, Any]:
+    """Code, versions and compiler flags: other ones compile other programs, and a collective then hangs."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_dump" not in flag]
+    return {
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "XLA_FLAGS": " ".join(sorted(flags)),
+        "code": {str(path.relative_to(PACKAGE.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in PACKAGE.rglob("*.py")},
+    }
