@@ -60,7 +60,11 @@ class Lab:
         values = absl.flags.FlagValues()
         config = config_flags.DEFINE_config_file("config", None, flag_values=values)
         absl.flags.DEFINE_string("workdir", None, "", flag_values=values)
-        values(["", *self.flags(recipe, pathlib.Path(), *extra)])
+        command = ["main.py", *self.flags(recipe, pathlib.Path(), *extra)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+            patch.chdir(ROOT)
+            values(command)
         return config.value
 
     def start(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1) -> subprocess.Popen:

@@ -6,8 +6,10 @@ import pytest
 
 from nanollama_jax.train import metrics
 
+DAMAGED = [b"\0" * 40, b'{"step": 2, "lo', b'{"loss": 1.0}', b'{"step": "2"}', b"[2]", b'{"step": 2, "a": "\xff\xfe"}', b""]
 
-@pytest.mark.parametrize("damaged", [b"\0" * 40, b'{"step": 2, "lo', b'{"loss": 1.0}', b'{"step": "2"}', b"[2]", b'{"step": 2, "a": "\xff\xfe"}', b""])
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_line_is_set_aside(tmp_path, damaged, caplog):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step, "loss": float("nan")}).encode() for step in (1, 2, 3)]
