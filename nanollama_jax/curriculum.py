@@ -94,7 +94,9 @@ def every_source(config: ConfigDict) -> list[str]:
 def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
     """At its last step, validated, and not held there by a gate."""
     found = checkpoint.find(workdir)
-    if found is None or found[1] < stage.end_step or not metrics.validated_at(workdir / "metrics.jsonl", stage.end_step):
+    if found is None or found[1] < stage.end_step:
+        return False
+    if found[1] == stage.end_step and not metrics.validated_at(workdir / "metrics.jsonl", stage.end_step):
         return False
     return not gates.thresholds(stage.gates.perplexity, stage.end_step) or gates.passed(workdir, stage.end_step)
 

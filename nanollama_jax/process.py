@@ -1,5 +1,6 @@
 """The process around a run: output that never fails or blocks, and Ctrl-C in one line. Imports nothing heavy, so that it can be set up first."""
 
+import contextlib
 import io
 import os
 import select
@@ -34,8 +35,11 @@ def keep_output_from_failing() -> None:
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)  # None if it was closed
         encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
-        raw = io.BufferedWriter(_Lossy(fd, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=True))
+        with contextlib.suppress(OSError):  # no terminal
+            # One that is ready may take less than it is given, and blocks. Opened anew: the shell shares the flags of the descriptor it gave us
+            fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        buffer = io.BufferedWriter(_Lossy(fd, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors, line_buffering=True))
 
 
 def say(line: str) -> None:
