@@ -56,9 +56,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         # ---- Settle the config and the workdir
         model = settle(config)
         workdir = pathlib.Path(workdir)
-        distributed.check_agreement(
-            {"config": config.to_dict(), "model": dataclasses.asdict(model), "workdir": str(workdir.absolute())}
-        )
+        distributed.check_agreement({"config": config.to_dict(), "model": dataclasses.asdict(model), "workdir": str(workdir.absolute())})
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
         if is_main:
