@@ -5,8 +5,13 @@ python main.py --config configs/phase1.py --workdir runs/1b/phase1              
 python main.py --config configs/phase1.py:nano --config.optimizer.peak_lr=1e-3       any value of the config, by its name
 
 The same command resumes. With several hosts, run it on each with --coordinator=HOST:PORT --num_processes=N --process_id=I (--coordinator=auto
-under Slurm or Open MPI). SIGTERM and Ctrl-C save a checkpoint, then exit 0.
+under Slurm or Open MPI). SIGTERM, SIGHUP, SIGUSR1, SIGQUIT or Ctrl-C during training save a checkpoint, then exit 0; a second Ctrl-C ends at once.
 """
+
+if __name__ == "__main__":  # not in the workers that prepare data, which import this file
+    from nanollama_jax import process
+
+    process.set_up()  # before the imports below, which take seconds
 
 import os
 import pathlib
@@ -41,7 +46,7 @@ def main(_: list[str]) -> None:
     flags_of_process = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     with one_line_errors(), distributed.joined(*flags_of_process):
         settings.keep_compiled()
-        workdir = WORKDIR.value or default_workdir()
+        workdir = default_workdir() if WORKDIR.value is None else WORKDIR.value
         if "stages" in CONFIG.value:
             curriculum.run(CONFIG.value, workdir)
         else:

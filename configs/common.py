@@ -6,6 +6,8 @@ A phase's file says what is its own: data, context, RoPE theta, steps. `curricul
 from ml_collections import ConfigDict
 
 from configs.corpora import BENCHMARKS, CORPORA, TUNING
+from nanollama_jax.config import defaults
+from nanollama_jax.errors import BadInput
 
 # vocab 32,000 everywhere but at nano scale; d_model and ffn_dim are multiples of 256, so that llama.cpp's K-quants apply
 MODELS = {
@@ -22,60 +24,28 @@ TOKENS_PER_STEP = {"nano": 2048, "60m": 131_072, "300m": 131_072, "1b": 131_072}
 NANO_CORPORA = ("docs", "code", "reasoning", "transcripts")
 
 
-def base(scale: str) -> ConfigDict:
-    """All that does not differ between phases."""
+def check_scale(scale: str) -> None:
+    """Raises BadInput for a scale that there is not."""
     if scale not in MODELS:
-        raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(MODELS)}")
+        raise BadInput(f"unknown scale {scale!r}: choose one of {', '.join(MODELS)}")
+
+
+def base(scale: str) -> ConfigDict:
+    """What all phases share: the defaults of nanollama_jax/config.py, and what a scale sets instead."""
+    check_scale(scale)
     nano = scale == "nano"
-    config = ConfigDict()
+    config = defaults()
     config.scale = scale
-    config.task = "pretrain"  # or sft, dpo
-    config.seed = 0
-    config.init_from = ""  # a workdir whose latest checkpoint (params, optimizer, step; sft, dpo: params alone) to start from
-
-    config.model = ConfigDict(MODELS[scale])
-    config.model.norm_eps = 1e-5
-    config.model.dtype = "auto"  # bfloat16 on GPU, float32 on CPU
-    config.model.attention = "auto"  # docs/recipe.md says what it picks
-    config.model.document_mask = True
-    config.model.packed_documents = 8  # room in cudnn_packed for so many documents a row, on average over a device's rows
-    config.model.remat = "none" if nano else "auto"  # auto: the fastest that fits the device (model/config.py lists them)
-    config.model.scan_layers = not nano  # unrolled compiles slower and runs faster: worth it for 4 layers, not for 22
-
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1))  # -1: all devices
-
-    config.loss = ConfigDict(dict(z_loss=1e-4, chunk_tokens=1024 if nano else 8192))
-    config.optimizer = ConfigDict(dict(peak_lr=6e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0))
-    config.schedule = ConfigDict(dict(warmup_steps=2000, decay_start=PHASE_ENDS[scale][2], total_steps=PHASE_ENDS[scale][3]))
-    config.rope = ConfigDict(dict(schedule="ramp", start_theta=10_000.0, end_theta=10_000.0))
-
-    config.tokenizer = ConfigDict(dict(path="data/nano/tokenizer.model" if nano else "data/tokenizer.model"))
+    config.model.update(MODELS[scale])
+    config.schedule.update(dict(decay_start=PHASE_ENDS[scale][2], total_steps=PHASE_ENDS[scale][3]))
     config.tokenizer.vocab_size = config.model.get_ref("vocab_size")
-    config.tokenizer.base = ""  # sft, dpo: the model that `path` extends with the chat tokens
-    config.tokenizer.training_bytes = 8_000_000 if nano else 1_000_000_000
-    config.tokenizer.sources = NANO_CORPORA if nano else ("fineweb_edu",)  # what it is trained on
-
     config.corpora = ConfigDict()  # what this recipe prepares: configs/corpora.py
     config.tuning = ConfigDict()  # conversations and pairs to fine-tune on: configs/corpora.py
-    config.data = ConfigDict(dict(dir="data/nano" if nano else "data", prepare_tasks=8 if nano else 256))
-    config.data.validation_fraction = 0.02 if nano else 0.0005
-    config.data.benchmarks = ConfigDict(dict.fromkeys(BENCHMARKS, "") if nano else BENCHMARKS)  # kept out; nano, which needs no network, has no URLs
-    config.data.max_segments = 64
-    config.data.tuning_validation_fraction = 0.05 if nano else 0.01  # of conversations and pairs
-    config.data.sources = ConfigDict()  # name -> share of the rows
-    config.data.validation = ()  # corpora to measure perplexity on; empty: those in data.sources
-
-    # of dpo, which takes no z_loss
-    config.preference = ConfigDict(dict(beta=0.1, label_smoothing=0.0, length_normalised=False))
-    config.samples = ConfigDict(dict(every=0, prompts=(), max_new_tokens=200))  # sft, dpo: greedy replies in the log
-
-    config.log_every = 10
-    config.validation = ConfigDict(dict(every=100 if nano else 2000, tokens=16_384 if nano else 2_097_152))  # tokens per source
-    config.checkpoint = ConfigDict(dict(every=100 if nano else 1000, keep_last=2, keep_every=0 if nano else 10_000))
-    config.wandb = ConfigDict(dict(mode="disabled", project=f"nanollama-{scale}"))  # online, offline or disabled
+    config.data.benchmarks = ConfigDict(BENCHMARKS)  # kept out of all of them
+    config.data.sources = ConfigDict()
+    config.wandb.project = f"nanollama-{scale}"
 
     # Go/no-go gates (the user's plan): at a global step, validation perplexity below `go` goes on, above `stop` stops.
-    config.gates = ConfigDict(dict(enforce=True, perplexity=()))
     if scale == "1b":
         config.gates.perplexity = (
             (50_000, 25.0, 30.0),
@@ -85,14 +55,24 @@ def base(scale: str) -> ConfigDict:
             (230_000, 12.0, 13.0),
         )
     if nano:
+        config.model.remat = "none"
+        config.model.scan_layers = False  # compiles slower, runs faster: worth it for 4 layers, not for 22
+        config.loss.chunk_tokens = 1024
         config.optimizer.peak_lr = 2e-3
         config.schedule.warmup_steps = 50  # with 20 the gradient norm jumps to 70
+        config.tokenizer.path, config.data.dir = "data/nano/tokenizer.model", "data/nano"
+        config.tokenizer.update(dict(training_bytes=8_000_000, sources=NANO_CORPORA))
+        config.data.update(dict(prepare_tasks=8, validation_fraction=0.02, tuning_validation_fraction=0.05))
+        config.data.benchmarks = ConfigDict(dict.fromkeys(BENCHMARKS, ""))  # nano needs no network
+        config.validation.update(dict(every=100, tokens=16_384))
+        config.checkpoint.update(dict(every=100, keep_every=0))
         config.gates.perplexity = ((400, 100.0, 1000.0), (500, 100.0, 1000.0))
     return config
 
 
 def phase(scale: str, number: int, *, name: str, seq_len: int, theta: tuple[float, float], shares: dict[str, float]) -> ConfigDict:
     """What is a phase's own: `number` counts from 0; `theta` is RoPE theta at its start and end; `shares` is corpus -> share of the rows."""
+    check_scale(scale)
     stage = ConfigDict()
     stage.name = name
     stage.start_step = (0, *PHASE_ENDS[scale])[number]
@@ -111,6 +91,7 @@ def tuning(
     steps: int, rows: int, seq_len: int, peak_lr: float, warmup_steps: int, shares: dict[str, float], prompts: tuple[str, ...],
 ) -> ConfigDict:  # fmt: skip
     """What is a fine-tuning stage's own: its steps count from 0, the learning rate goes up over `warmup_steps` and down to 0."""
+    check_scale(scale)
     nano = scale == "nano"
     vocab_size = MODELS[scale]["vocab_size"] + 8
     stage = ConfigDict(dict(name=task, task=task, start_step=0, end_step=steps, seq_len=seq_len, batch_size=rows, accumulation=1))

@@ -3,14 +3,16 @@
 The tokenizer and the corpora come first, so that one command goes from raw text to the last checkpoint. A gate that says stop ends the run.
 """
 
+import itertools
 import pathlib
 
 import jax
-import rich.table
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint
 from nanollama_jax.checkpoint import TASKS
+from nanollama_jax.config import check, check_workdir
+from nanollama_jax.console import Table
 from nanollama_jax.data import finetuning, mix
 from nanollama_jax.data.prepare import prepare_all
 from nanollama_jax.data.shards import MANIFEST
@@ -49,32 +51,74 @@ def check_vocabulary(stage: ConfigDict, config: ConfigDict) -> None:
         )
 
 
+def check_succession(stages: dict[str, ConfigDict], config: ConfigDict) -> None:
+    """Raises BadInput where a phase does not start where the one before it ends, as after one was extended: with the flags that move
+    all that comes later by as many steps."""
+    phases = [(name, stage) for name, stage in stages.items() if stage.task == "pretrain"]
+    for (before, earlier), (after, later) in itertools.pairwise(phases):
+        moved = earlier.end_step - later.start_step
+        if moved and earlier.end_step > earlier.start_step:
+            flags = [
+                f"--config.stages.{name}.{key}={stage[key] + moved}"
+                for name, stage in phases[[name for name, _ in phases].index(after) :]
+                for key in ("start_step", "end_step")
+            ]
+            flags += [f"--config.schedule.{key}={config.schedule[key] + moved}" for key in ("decay_start", "total_steps")]
+            if gates_moved := tuple((at + moved if at >= later.start_step else at, *rest) for at, *rest in config.gates.perplexity):
+                flags.append(f"--config.gates.perplexity='{gates_moved}'".replace(" ", ""))
+            raise BadInput(
+                f"{before} ends at step {earlier.end_step} and {after} starts at {later.start_step}: to move what comes later, add {' '.join(flags)}"
+            )
+
+
+def check_nothing_outdated(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
+    """Raises BadInput for stages that were trained from an earlier end of a stage that is to go on now: their weights lack what it will learn."""
+    names = list(stages)
+    for i, name in enumerate(names):
+        found = checkpoint.find(workdir / name)
+        stands = found[1] if found else None
+        begun = [str(workdir / later) for later in names[i + 1 :] if checkpoint.find(workdir / later)]
+        if begun and (stands is None or stands < stages[name].end_step):
+            is_at = "has no checkpoint" if stands is None else f"is to go on from step {stands} to {stages[name].end_step}"
+            raise BadInput(
+                f"{workdir / name} {is_at}, and later stages were trained from what it was: move {', '.join(begun)} to another place to train "
+                "them anew, or put things back as they were"
+            )
+
+
 def every_source(config: ConfigDict) -> list[str]:
     """What must be prepared before the stages run."""
     return list(dict.fromkeys([*config.corpora, *(name for stage in config.stages.values() for name in stage.data.sources)]))
 
 
 def is_finished(stage: ConfigDict, workdir: pathlib.Path) -> bool:
-    """At its last step, and not held there by a gate."""
+    """At its last step, validated, and not held there by a gate."""
     found = checkpoint.find(workdir)
     if found is None or found[1] < stage.end_step:
+        return False
+    if found[1] == stage.end_step and not metrics.validated_at(workdir / "metrics.jsonl", stage.end_step):
         return False
     return not gates.thresholds(stage.gates.perplexity, stage.end_step) or gates.passed(workdir, stage.end_step)
 
 
 def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
     """True when every stage is finished, False when a signal stopped one. Raises BadInput or RunStopped as the stages do."""
+    check(config)
+    check_workdir(workdir)
     workdir = pathlib.Path(workdir)
     names = stage_names(config)
     stages = {}
     for before, name in zip([None, *names], names, strict=False):
         stages[name] = stage_config(config, name, config.init_from if before is None else str(workdir / before))
-        settle(stages[name])  # a mistake in the last stage is better known before the first
-        check_vocabulary(stages[name], config)
+    check_succession(stages, config)
+    for stage in stages.values():
+        settle(stage)  # a mistake in the last stage is better known before the first
+        check_vocabulary(stage, config)
     if (workdir / "summary.json").exists() and all(is_finished(stage, workdir / name) for name, stage in stages.items()):
         metrics.console.print(f"Nothing left to do: {', '.join(names)} are finished in {workdir}.", soft_wrap=True)
         return True
 
+    check_nothing_outdated(stages, workdir)
     if jax.process_count() == 1:
         prepare_all(config)
         for stage in stages.values():
@@ -104,7 +148,7 @@ def summarise(stages: dict[str, ConfigDict], workdir: pathlib.Path) -> None:
     """Prints what each stage did and writes `WORKDIR/curves.png` and `summary.json`."""
     names, pretraining = list(stages), [name for name, stage in stages.items() if stage.task == "pretrain"]
     rows = {name: metrics.read_rows(workdir / name / "metrics.jsonl") for name in names}
-    table = rich.table.Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
+    table = Table("stage", "steps", "minutes", "final loss", "validation perplexity (dpo: accuracy)", title="Curriculum")
     summary = {}
     for name in names:
         steps = [row for row in rows[name] if "loss" in row]

@@ -37,15 +37,22 @@ LOGICAL_AXIS_RULES = (
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of data x fsdp `devices` (default: all there are); fsdp=-1 means as many as `data` leaves. Raises BadInput if they do not fit."""
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
+def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """(data, fsdp) of a mesh of `devices`; fsdp=-1 means as many as `data` leaves. Raises BadInput if they do not fit."""
     if fsdp == -1:
-        fsdp = max(1, count // max(1, data))
-    if data * fsdp != count:
-        raise BadInput(f"mesh.data={data} x mesh.fsdp={fsdp} needs {data * fsdp} devices and there are {count}: set mesh.fsdp=-1 to use all of them")
-    return jax.make_mesh((data, fsdp), BATCH, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+        fsdp = max(1, devices // data)
+    if data * fsdp != devices:
+        raise BadInput(
+            f"mesh.data={data} x mesh.fsdp={fsdp} needs {data * fsdp} devices and there are {devices}: "
+            "set mesh.data to a divisor of that, and mesh.fsdp=-1 for the rest"
+        )
+    return data, fsdp
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of data x fsdp `devices` (default: all there are), as `mesh_shape` has it."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(mesh_shape(data, fsdp, len(devices)), BATCH, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 @contextlib.contextmanager

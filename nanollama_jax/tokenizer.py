@@ -23,6 +23,7 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+MOST_PIECES = 2**24  # a hundred times the largest vocabulary there is
 # What fine-tuning adds to a vocabulary, in this order, and unused pieces up to a multiple of 8 (32,000 -> 32,008).
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's
 THOUGHT_START, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
@@ -39,6 +40,7 @@ _SPACE = "\u2581"  # as SentencePiece writes a space
 _PART_CHARACTERS = 4000
 _CUT = re.compile(f"(?<=[^ {_SPACE}]) (?=.)", re.DOTALL)
 _STRETCH_CHARACTERS = 4000
+_RESERVED = "\u2585"  # ▅: the trainer skips a whole sentence that has it; encoding takes it as any character
 _LINE_START, _NOT_JOINED = re.compile(r"\n(?=\S)"), "\ue000"
 _STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STRETCH_CHARACTERS}}}")
 
@@ -48,6 +50,10 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
 
     The same texts give the same file on any machine. Raises `BadInput` when the text cannot fill `vocab_size` pieces, and what `texts` raises.
     """
+    if not 1 <= vocab_size <= MOST_PIECES:
+        raise BadInput(f"vocab_size={vocab_size} must be from 1 to {MOST_PIECES:,}")
+    if max_bytes < 1:
+        raise BadInput(f"max_bytes={max_bytes} must be at least 1: it is how much text to train on")
     read_bytes = 0
     failure = None
 
@@ -59,7 +65,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
                     read_bytes += len(match.group().encode())
                     if read_bytes > max_bytes:
                         return
-                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group())
+                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group()).replace(_RESERVED, _NOT_JOINED)
         except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
             failure = error
 
@@ -86,7 +92,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             num_threads=8,  # a constant: it is stored in the model file, whose hash must not depend on the machine
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a vocab_size beyond 31 bits
         if failure is None:
             raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
     if failure is not None:
@@ -96,7 +102,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
 
 
 def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:
-    if "smaller than required_chars" in message:
+    if "smaller than required_chars" in message or "insert_id" in message:
         return f"a vocabulary of {vocab_size} pieces has no room for the 256 bytes and the text's characters: raise vocab_size"
     if found := re.search(r"value <= (\d+)", message):
         return f"{text_bytes:,} bytes of text give at most {found[1]} pieces, not {vocab_size}: lower vocab_size or train on more text"
@@ -135,6 +141,15 @@ class Tokenizer:
         return token if self._processor.is_control(token) else None
 
     @property
+    def pad_id(self) -> int:
+        """What fills batches in an export: the padding piece, or UNK, which byte fallback leaves unused.
+
+        Not EOS: trainers take the loss off padding, and a model tuned with EOS as padding never learns to stop.
+        """
+        pad = self._processor.pad_id()
+        return pad if pad >= 0 else self._processor.unk_id()
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """What ends a text: EOS, and a chat vocabulary's `<|im_end|>`."""
         turn_end = self.control_id(TURN_END)
@@ -157,6 +172,56 @@ class Tokenizer:
             for piece in pieces:
                 proto.pieces.add(piece=piece, score=0.0, type=kind)
         return proto.SerializeToString()
+
+    @functools.cached_property
+    def not_exportable(self) -> dict[str, str]:
+        """Why an export would give other ids than SentencePiece: a reason for "tokenizer.json" (transformers) and for "GGUF" (llama.cpp).
+
+        A format without an entry gives the same ids.
+        """
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
+        normalizer, trainer, kinds = proto.normalizer_spec, proto.trainer_spec, proto.SentencePiece
+        scores = {piece.piece: piece.score for piece in proto.pieces}
+        symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+        merged = {
+            piece.piece: piece.type
+            for piece in proto.pieces
+            if len(piece.piece) == 1 or any(piece.piece[:i] in scores and piece.piece[i:] in scores for i in range(1, len(piece.piece)))
+        }
+        unused = [name for name, kind in merged.items() if kind == kinds.UNUSED]
+        special = [name for name, kind in merged.items() if kind in (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)]
+        named = lambda names: ", ".join(map(repr, names[:3]))  # noqa: E731
+        for wrong, what in (
+            (trainer.model_type != trainer.BPE, "is not byte-pair encoding"),
+            (not trainer.byte_fallback, "has no byte fallback"),
+            (normalizer.precompiled_charsmap, f"normalizes text ({normalizer.name or 'its own rules'})"),
+            (proto.denormalizer_spec.precompiled_charsmap, "denormalizes text"),
+            (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
+            (not normalizer.escape_whitespaces, "does not escape whitespace"),
+            (trainer.treat_whitespace_as_suffix, "treats whitespace as a suffix"),
+            (symbols and normalizer.add_dummy_prefix, f"has user-defined symbols ({named(symbols)}) and a dummy prefix"),
+            (any(" " in symbol for symbol in symbols), "has a user-defined symbol with a space in it"),
+            (unused, f"has unused pieces that text can become ({named(unused)})"),
+        ):
+            if wrong:
+                return dict.fromkeys(("tokenizer.json", "GGUF"), what)
+        found = {}
+        if special:  # llama.cpp merges into any piece
+            found["GGUF"] = f"has special pieces that llama.cpp would make of plain text ({named(special)})"
+        elif clash := _overlap(symbols):  # llama.cpp looks for the longest first, SentencePiece from left to right
+            found["GGUF"] = f"has user-defined symbols that overlap ({clash})"
+        # Of equal scores SentencePiece merges the leftmost. transformers cannot, except for runs of one character (export/tokenizer_json.py: merges)
+        of_score: dict[float, list[str]] = {}
+        for name, kind in merged.items():
+            if kind == kinds.NORMAL and len(name) > 1:
+                of_score.setdefault(scores[name], []).append(name)
+        letters = {name for name, kind in merged.items() if kind == kinds.NORMAL and len(name) == 1}
+        normal = [piece.piece for piece in proto.pieces if piece.type == kinds.NORMAL]
+        if without := [name for name in normal if len(name) > 1 and not letters.issuperset(name)]:
+            found["tokenizer.json"] = f"has pieces of characters that are no pieces ({named(without)})"
+        elif tied := next((names for names in of_score.values() if len(names) > 1 and any(len(set(name)) > 1 for name in names)), None):
+            found["tokenizer.json"] = f"has {len(tied)} pieces of the same score ({named(tied)})"
+        return found
 
     def unfinished_bytes(self, ids: Sequence[int]) -> int:
         """How many byte pieces at the end of `ids` begin a character without completing it: 0 to 3. `decode` gives a U+FFFD for each."""
@@ -214,3 +279,13 @@ class Tokenizer:
         """`decode` for eyes: control ids give their names, such as "<|im_end|>", as a text that spells one out would."""
         groups = itertools.groupby(map(int, ids), self._processor.is_control)
         return "".join("".join(map(self._processor.id_to_piece, some)) if control else self.decode(list(some)) for control, some in groups)
+
+
+def _overlap(symbols: Sequence[str]) -> str:
+    """Two of `symbols` of which the first one's end begins the second, which is not shorter: "ab" and "bcd". Empty if there are none."""
+    for first, second in itertools.permutations(symbols, 2):
+        if len(second) < len(first) or len(set(first + second)) == 1:  # shorter runs of the same character are no matter
+            continue
+        if any(second.startswith(first[i:]) for i in range(1, len(first))):
+            return f"{first!r}, {second!r}"
+    return ""

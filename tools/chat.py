@@ -7,7 +7,6 @@ python tools/chat.py --checkpoint runs/curriculum_nano --tools calculate,get_wea
 The tools are those of the built-in training data (nanollama_jax/data/tools.py); a call is run and its result given to the model.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -17,12 +16,10 @@ from collections.abc import Iterator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import rich.console
-from rich.markup import escape
-
+from nanollama_jax.console import Console, console, error_console
 from nanollama_jax.data import chat, tools
 from nanollama_jax.data.conversations import Message, Tools, parse_tools
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 from nanollama_jax.infer.sampling import Sampling
@@ -31,13 +28,11 @@ MAX_CALLS = 4  # messages that call, one after another
 COLOURS = {"thinks": "dim italic", "calls": "yellow", "result": "cyan"}
 
 
-def reply(
-    engine: Engine, messages: list[Message], offered: Tools, sampling: Sampling, max_new_tokens: int, console: rich.console.Console
-) -> list[Message]:
+def reply(engine: Engine, messages: list[Message], offered: Tools, sampling: Sampling, max_new_tokens: int, console: Console) -> list[Message]:
     """`messages` with the model's answer, and the calls and results before it; each is shown."""
 
     def show(what: str, text: str) -> None:
-        console.print(f"[{COLOURS.get(what, 'bold')}]{what:>6}: {escape(text)}[/]", soft_wrap=True)
+        console.print(f"{what:>6}: {text}", style=COLOURS.get(what, "bold"))
 
     for _ in range(MAX_CALLS):
         prompt = chat.encode_prompt(messages, engine.tokenizer, offered)
@@ -71,7 +66,7 @@ def typed() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     parser.add_argument("--ask", action="append", default=[], metavar="TEXT", help="a user's message; several make one conversation")
     parser.add_argument("--system", metavar="TEXT", help="the system's message")
@@ -80,7 +75,6 @@ def main() -> None:
     for field in dataclasses.fields(Sampling):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
     arguments = parser.parse_args()
-    console = rich.console.Console(highlight=False)
     with one_line_errors():
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
         names = [name for name in arguments.tools.split(",") if name]
@@ -93,20 +87,20 @@ def main() -> None:
         chat.check_tokenizer(engine.tokenizer)
         begun = [Message("system", arguments.system)] if arguments.system else []
         if not arguments.ask:
-            print("An empty line or Ctrl-D ends; /new begins a new conversation.", file=sys.stderr)
+            error_console.print("An empty line or Ctrl-D ends; /new begins a new conversation.")
         messages = list(begun)
         for said in arguments.ask or typed():
             if said == "/new":
                 messages = list(begun)
                 continue
             if arguments.ask:
-                console.print(f"   you: {escape(said)}", soft_wrap=True)
+                console.print(f"   you: {said}")
             try:
                 messages = reply(engine, [*messages, Message("user", said)], offered, sampling, arguments.max_new_tokens, console)
             except BadInput as error:  # a conversation too long for the context does not end the session
                 if arguments.ask:
                     raise
-                print(f"error: {error}: /new begins a new conversation", file=sys.stderr)
+                error_console.print(f"error: {error}: /new begins a new conversation")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python tools/check_finetuning_data.py 'file://chats/*.jsonl'
 python tools/check_finetuning_data.py file://pairs.jsonl.zst 'hf://NousResearch/hermes-function-calling-v1?name=func_calling' --strict
 """
 
-import argparse
 import collections
 import pathlib
 import re
@@ -14,18 +13,15 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from nanollama_jax.console import Table, console
 from nanollama_jax.data.preference import check
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 
 COLUMNS = ("rows", "good", "bad", "pairs", "turns", "with thoughts", "with tools", "with calls", "characters")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("url", nargs="+", metavar="URL", help="a source, as in nanollama_jax/data/sources.py")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
     arguments = parser.parse_args()
@@ -35,10 +31,9 @@ def main() -> None:
     def on_bad(where: str, mistake: BadInput) -> None:
         if arguments.strict:
             raise mistake
-        print(mistake)
+        console.print(str(mistake))
         reasons[kind_of_mistake(where, str(mistake))] += 1
 
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # names in the data hold characters that not every terminal has
     with one_line_errors():
         try:
             for url in arguments.url:
@@ -52,7 +47,9 @@ def main() -> None:
 
 def kind_of_mistake(where: str, mistake: str) -> str:
     """The words of a mistake without what differs from row to row: place, numbers and what is quoted from the data."""
-    return re.sub(r"\[.*?\]|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "...", mistake.removeprefix(f"{where}: "))
+    number = r"(?<![\w-])-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+    quoted = r"\[.*?\]|(?<!\w)'[^']*'|\"[^\"]*\""
+    return re.sub(f"{quoted}|{number}", "...", mistake.removeprefix(f"{where}: "))
 
 
 def show(sources: list[collections.defaultdict[str, collections.Counter[str]]], reasons: collections.Counter[str]) -> None:
@@ -61,11 +58,11 @@ def show(sources: list[collections.defaultdict[str, collections.Counter[str]]], 
         table.add_column(column, justify="right")
     for files in sources:
         for file, counts in files.items():
-            table.add_row(escape(file), *(f"{counts[column]:,}" for column in COLUMNS))
+            table.add_row(file, *(f"{counts[column]:,}" for column in COLUMNS))
     if table.row_count:
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
+        console.print(table)
     for reason, count in reasons.most_common():
-        print(f"{count:9,}  {reason}")
+        console.print(f"{count:9,}  {reason}")
 
 
 if __name__ == "__main__":

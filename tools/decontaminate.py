@@ -8,25 +8,22 @@ Names of benchmarks, which say how their records are read: mmlu, gsm8k, hellaswa
 document, item and span of each hit.
 """
 
-import argparse
 import pathlib
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from rich.console import Console
-from rich.table import Table
-
 from configs.corpora import BENCHMARKS
+from nanollama_jax.console import Table, console
 from nanollama_jax.data import decontaminate, shards, sources
-from nanollama_jax.errors import BadInput, one_line_errors
-from nanollama_jax.files import write_json
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
+from nanollama_jax.files import output_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("text", help="a source URL, or the folder of a prepared corpus")
     parser.add_argument(
         "--benchmark", action="append", default=[], metavar="NAME=URL", help="may be given several times (default: those of the recipes)"
@@ -40,7 +37,7 @@ def main() -> None:
         named = [one.split("=", 1) for one in arguments.benchmark]
         if len(dict(named)) < len(named):
             raise BadInput("--benchmark: a name is given twice: write gsm8k=URL and gsm8k_2=URL")
-        if (out := pathlib.Path(arguments.out)).exists() or not out.parent.is_dir():
+        if (out := output_file(arguments.out)).exists() or not out.parent.is_dir():
             raise BadInput(f"--out {out}: there is {'such a file already' if out.exists() else 'no such folder'}: choose another name")
         if "://" in arguments.text:
             documents = sources.read_documents(arguments.text, 0, 1)
@@ -54,8 +51,9 @@ def main() -> None:
     table = Table("benchmark", "items", "found", "in documents", title=arguments.out)
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
-    Console().print(table)
-    print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
+    console.print(table)
+    megabytes, short = report["bytes"] / 1e6, index.too_short.total()
+    console.print(f"{report['documents']:,} documents, {megabytes:,.1f} MB; {short:,} questions are too short to search for")
 
 
 _started = _last = time.monotonic()
@@ -65,7 +63,7 @@ def show(documents: int, size: int, hits: int) -> None:
     global _last
     if (now := time.monotonic()) - _last >= 10:
         _last = now
-        print(f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits", flush=True)
+        console.print(f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits")
 
 
 if __name__ == "__main__":

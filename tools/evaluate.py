@@ -17,15 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import rich.console
-import rich.progress
-
 from nanollama_jax import checkpoint
+from nanollama_jax.console import console, track
 from nanollama_jax.data import sources
-from nanollama_jax.errors import BadInput, one_line_errors
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.files import write_json
+from nanollama_jax.files import output_file, write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
 
@@ -35,10 +33,11 @@ ASKED = {  # task -> its questions, and how they are put
     "tool_turns": (verifiable.tool_turns, "greedy, the first message, without a grammar: calls or none"),
 }
 TASKS = ("perplexity", *ASKED)
+MAX_QUESTIONS = 100_000  # they are made before the first is asked; the standard error is below 0.2 % by then
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
     parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the results")
@@ -55,21 +54,23 @@ def main() -> None:
         tasks = arguments.tasks.split(",")
         if unknown := set(tasks) - set(TASKS):
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
-        if arguments.questions < 1:
-            raise BadInput(f"--questions={arguments.questions}: ask at least one")
+        if not 1 <= arguments.questions <= MAX_QUESTIONS:
+            raise BadInput(f"--questions={arguments.questions}: ask at least one, and at most {MAX_QUESTIONS:,}")
         if "perplexity" in tasks and not arguments.text:
             raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
         for url in arguments.text:
             sources.matched_files(url)  # a file that is not there is found before the model is loaded
+        if arguments.out is not None:
+            output_file(arguments.out)
         loaded = checkpoint.load(arguments.checkpoint)
         engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
-        print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}")
+        console.print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}")
         results = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
         if "perplexity" in tasks:
             results |= measure_perplexity(arguments, engine)
         if asked := [task for task in tasks if task != "perplexity"]:
             results |= ask(arguments, engine, asked)
-        if arguments.out:
+        if arguments.out is not None:
             write_json(arguments.out, results)
 
 
@@ -77,24 +78,23 @@ def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict
     results: dict[str, Any] = dict(questions=arguments.questions)
     for task in tasks:
         ask_all, how = ASKED[task]
-        verdicts_of, console = ask_all(engine, arguments.questions), rich.console.Console(stderr=True)
-        verdicts = list(rich.progress.track(verdicts_of, task, arguments.questions, console=console, disable=not console.is_terminal))
+        verdicts = list(track(ask_all(engine, arguments.questions), task, arguments.questions))
         for verdict in verdicts[: arguments.show]:
             said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
-            print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
+            console.print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
         results[task] = verifiable.shares(verdicts)
-        print(f"{task}: test split, {how}")
+        console.print(f"{task}: test split, {how}")
         for kind, found in results[task].items():
             valid = f"   valid {found['valid']:6.1%}" if "valid" in found else ""
-            print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {found['standard_error']:.1%}{valid}")
+            console.print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {found['standard_error']:.1%}{valid}")
     return results
 
 
 def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     context, stride = perplexity.settle(arguments.rule, arguments.context, arguments.stride, engine.context_length)
-    print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")
+    console.print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")
     width = max(map(len, arguments.text))
-    print(
+    console.print(
         f"{'text':{width}} {'documents':>9} {'tokens':>11}  {'nats/token':>10}  {'std. error':>10} {'over':9}  {'perplexity':>10}  {'bits/byte':>9}"
     )
     texts = {}
@@ -108,7 +108,7 @@ def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[st
             raise BadInput(f"{url}: {error}") from error
         error = "-" if found.standard_error is None else f"{found.standard_error:.4f}"
         cut = f"  cut at {arguments.max_tokens:,} tokens" if found.cut else ""
-        print(
+        console.print(
             f"{url:{width}} {found.documents:9,} {found.tokens:11,}  {found.nats_per_token:10.4f}  {error:>10} {found.over:9}  "
             f"{found.perplexity:10,.3f}  {found.bits_per_byte:9.4f}{cut}"
         )

@@ -6,7 +6,6 @@ python tools/generate.py --checkpoint runs/curriculum_nano --prompts prompts.txt
 python tools/generate.py --checkpoint runs/curriculum_nano --prompt 'An answer: ' --json_schema schema.json
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -17,11 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import rich.console
-import rich.progress
 
-from nanollama_jax.errors import BadInput, one_line_errors
-from nanollama_jax.files import whole_file
+from nanollama_jax.console import console, error_console, track
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
+from nanollama_jax.files import output_file, whole_file
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import json_schema
 from nanollama_jax.infer.sampling import Sampling
@@ -38,42 +36,37 @@ def show(engine: Engine, prompt: str, sampling: Sampling, options: dict[str, Any
         except StopIteration as end:
             completion = end.value
             break
-        print(shown, end="", flush=True)
+        console.print(shown, end="")
         shown, first = "", first or time.monotonic()
-    print(shown, flush=True)
+    console.print(shown)
     now, count = time.monotonic(), len(completion.tokens)
     rate = f", then {(count - 1) / (now - first):,.1f} tokens/s" if first and count > 1 else ""
-    print(f"[{count} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first{rate}]", file=sys.stderr)
+    error_console.print(f"[{count} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first{rate}]")
 
 
 def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: dict[str, Any], out: pathlib.Path | None) -> None:
     """A JSON object a line, in the order of the prompts, to `out` (whole or not at all) or stdout."""
-    if out and not out.parent.is_dir():  # better known before
-        raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
     started = time.monotonic()
-    console = rich.console.Console(stderr=True)
-    found = rich.progress.track(
-        engine.completions(prompts, sampling, **options), "generating", len(prompts), console=console, disable=not console.is_terminal
-    )
+    found = track(engine.completions(prompts, sampling, **options), "generating", len(prompts))
     completions = [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
     seconds = time.monotonic() - started
-    lines = "".join(
-        json.dumps({"prompt": prompt, "completion": c.text, "tokens": len(c.tokens), "finish_reason": c.finish_reason}, ensure_ascii=False) + "\n"
+    ascii_only = out is None and not console.encoding.startswith("utf")  # JSON of any other escapes is no JSON
+    rows = (
+        {"prompt": prompt, "completion": c.text, "tokens": len(c.tokens), "finish_reason": c.finish_reason}
         for prompt, c in zip(prompts, completions, strict=True)
     )
+    lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     if out is None:
-        print(lines, end="")
+        console.print(lines, end="")
     else:
         with whole_file(out) as file:
             file.write(lines.encode())
     tokens = sum(len(c.tokens) for c in completions)
-    print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]", file=sys.stderr)
+    error_console.print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]")
 
 
 def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> None:
-    print(
-        f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens.", file=sys.stderr
-    )
+    error_console.print(f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens.")
     for turn in itertools.count():
         try:
             prompt = input("> ")
@@ -84,13 +77,13 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
         try:
             show(engine, prompt, dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32), options)
         except BadInput as error:  # one prompt too long does not end the session
-            print(f"error: {error}", file=sys.stderr)
+            error_console.print(f"error: {error}")
         except KeyboardInterrupt:  # nor does an answer that was cut short
-            print()
+            console.print()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
@@ -102,7 +95,7 @@ def main() -> None:
     for field in dataclasses.fields(Sampling):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.out and not arguments.prompts:
+    if arguments.out is not None and not arguments.prompts:
         parser.error("--out goes with --prompts")
     with one_line_errors():
         sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
@@ -110,9 +103,12 @@ def main() -> None:
         if arguments.json_schema:
             options["grammar"] = json_schema(read_text(pathlib.Path(arguments.json_schema)))
         prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
+        out = output_file(arguments.out) if arguments.out is not None else None
+        if out and not out.parent.is_dir():
+            raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
         engine = Engine.from_checkpoint(arguments.checkpoint)
         if arguments.prompts:
-            write_all(engine, prompts, sampling, options, pathlib.Path(arguments.out) if arguments.out else None)
+            write_all(engine, prompts, sampling, options, out)
         elif arguments.prompt is not None:
             show(engine, arguments.prompt, sampling, options)
         else:
@@ -138,7 +134,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 def read_text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows programs put a byte order mark in front
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8: {error.reason} at byte {error.start}: convert it") from error
 

@@ -15,11 +15,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from absl import app, flags
 from ml_collections import config_flags
-from rich.console import Console
 
+from nanollama_jax.console import console
 from nanollama_jax.curriculum import stages_of
 from nanollama_jax.data import mix, mix_report
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
+from nanollama_jax.files import output_file
 from nanollama_jax.tokenizer import Tokenizer
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase2_16k.py.", lock_config=True)
@@ -30,8 +31,6 @@ OUT = flags.DEFINE_string("out", None, "A PNG to draw, in a folder that exists."
 
 def picture_paths(out: pathlib.Path, names: list[str]) -> dict[str, pathlib.Path]:
     """Stage -> its picture. Raises BadInput where none could be written: better known before the reading."""
-    if out.is_dir():
-        raise BadInput(f"--out={out} is a folder: name a file in it")
     if not out.parent.is_dir():
         raise BadInput(f"--out={out}: there is no folder {out.parent}; make it, or choose another --out")
     paths = {name: out.with_stem(f"{out.stem}_{name}") if len(names) > 1 else out for name in names}
@@ -52,9 +51,8 @@ def main(_: list[str]) -> None:
         names = [name for name, stage in stages.items() if stage.task == "pretrain"]
         if not names:
             raise BadInput(f"{', '.join(stages)} trains on conversations: tools/check_finetuning_data.py reads those")
-        pictures = picture_paths(pathlib.Path(OUT.value), names) if OUT.value is not None else {}
-        sys.stdout.reconfigure(errors="replace")  # texts hold characters that not every terminal has
-        console, tokenizer = Console(highlight=False, markup=False), Tokenizer(config.tokenizer.path)
+        pictures = picture_paths(output_file(OUT.value), names) if OUT.value is not None else {}
+        tokenizer = Tokenizer(config.tokenizer.path)
         stages = [mix.open_mix(stages[name], tokenizer) for name in names]
         for stage in stages:
             rows = {name: mix.read_rows(stage, name, tokenizer, ROWS.value, console) for name in stage.sources}

@@ -10,6 +10,7 @@ what a process on such a GPU writes under --xla_dump_to.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -22,20 +23,20 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from nanollama_jax import settings
+from nanollama_jax.console import Table, console
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 from nanollama_jax.model.config import REMAT_POLICIES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:1b.", lock_config=True)
 TARGET = flags.DEFINE_enum("target", "h100", ["h100", "h200", "a100"], "The kind of GPU (a100: of 80 GB).")
-DEVICES = flags.DEFINE_integer("devices", 2, "How many of them.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", 2, "How many of them.", lower_bound=1, upper_bound=2**16)
 MFU = flags.DEFINE_float("mfu", 0.4, "The share of their peak to reckon with, by the causal count.", lower_bound=0.01, upper_bound=1.0)
 COMPILE = flags.DEFINE_string("compile", None, "XLA's description of the GPU, to compile the step for it.")
 REMAT = flags.DEFINE_enum("remat", None, list(REMAT_POLICIES), "With --compile: this policy only. Default: all that fit.")
 
 
-def plan_stage(config: ConfigDict, console) -> None:
+def plan_stage(config: ConfigDict) -> None:
     from rich import box
-    from rich.table import Table
 
     from nanollama_jax.train import memory, plan
     from nanollama_jax.train.compile_for import compile_for
@@ -55,15 +56,15 @@ def plan_stage(config: ConfigDict, console) -> None:
         f"  FLOPs a token: {flops / 1e9:.2f}e9, causal ({plan.nominal_flops(model, config.seq_len) / 1e9:.2f}e9 nominal)",
         f"  at {MFU.value:.0%} MFU: {rate:,.0f} tokens/s, {tokens / 1e9:,.2f}e9 tokens in {duration}",
         f"  disk: {checkpoint / 1e9:.1f} GB a checkpoint, {on_disk} kept at the end: {checkpoint * on_disk / 1e9:,.0f} GB; "
-        f"{2 * tokens / 1e9:,.0f} GB of tokenised text if none is read twice",
+        f"{plan.bytes_per_token(config) * tokens / 1e9:,.0f} GB of tokenised text if none is read twice",
     ]
     if model.attention == "xla":
         lines.append("  no flash attention for this model on this GPU (documents are masked on Hopper and later only): dense, slow and large")
     table = Table(title=f"GB a device, of {limit / 1e9:.1f} that a run may use", title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     columns = ("remat", "state", "gradients", "kept", "working", "cuDNN", "in all", "fits", "most rows")
     for name in (*columns, *(("compiler", "ours / its") if COMPILE.value else ())):
-        table.add_column(name, justify="left" if name == "remat" else "right", no_wrap=True)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+        table.add_column(name, justify="left" if name == "remat" else "right")
+    console.print("\n".join(lines))
     for remat in REMAT_POLICIES:
         of_policy = dataclasses.replace(model, remat=remat)
         took = memory.step_memory(of_policy, **shape)
@@ -76,23 +77,22 @@ def plan_stage(config: ConfigDict, console) -> None:
         table.add_row(*row)
     console.print(table)
     try:
-        console.print(f"remat=auto takes {memory.fastest_remat(model, limit, **shape)}\n", markup=False)
+        console.print(f"remat=auto takes {memory.fastest_remat(model, limit, **shape)}\n")
     except BadInput as error:
-        console.print(f"{error}\n", markup=False, soft_wrap=True)
+        console.print(f"{error}\n")
 
 
 def main(_: list[str]) -> None:
     settings.apply()
-    import rich.console
-
     from nanollama_jax.curriculum import stages_of
 
     with one_line_errors():
         if REMAT.value and not COMPILE.value:
             raise BadInput("--remat goes with --compile: without it all policies are shown")
-        console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # of a pipe rich would assume 80
+        if math.isnan(MFU.value):
+            raise BadInput("--mfu=nan must be a number from 0.01 to 1")
         for stage in stages_of(CONFIG.value).values():
-            plan_stage(stage, console)
+            plan_stage(stage)
 
 
 if __name__ == "__main__":

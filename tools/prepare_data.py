@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from absl import app, flags
 from ml_collections import config_flags
 
+from nanollama_jax import process
 from nanollama_jax.data.estimate import print_estimates
 from nanollama_jax.data.executor import KINDS, Executor
 from nanollama_jax.data.finetuning import prepare_stage
@@ -55,4 +56,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    process.keep_output_from_failing()
     app.run(main, flags_parser=flags_parser(CONFIG))

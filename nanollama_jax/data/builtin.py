@@ -10,10 +10,12 @@ requirements.txt pins other versions of jax and flax for Python 3.11 than for 3.
 """
 
 import ast
+import codecs
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import locale
 import sysconfig
 import tokenize
 import warnings
@@ -88,6 +90,8 @@ def _code(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
 def _reasoning(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
     import reasoning_gym
 
+    if codecs.lookup(encoding := locale.getpreferredencoding(False)).name != "utf-8":  # reasoning_gym reads its texts in it
+        raise BadInput(f"builtin://reasoning needs UTF-8, and the locale's encoding is {encoding}: set PYTHONUTF8=1")
     tasks = {task: reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS) for task in REASONING_TASKS}
     for index in range(rank, REASONING_ITEMS, world_size):
         for task, items in tasks.items():  # a beginning has all tasks, for a tokenizer's sample

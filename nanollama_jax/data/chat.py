@@ -39,12 +39,14 @@ class Stretch(NamedTuple):
     text: str
     special: bool = False
     header: bool = False  # `text` begins with _ANSWER, which the assistant does not say
-    learnt: bool = False  # said by the assistant, but for the header
+    learnt: bool = False  # said by the assistant in a message to be learned, but for the header
 
 
 class Encoded(NamedTuple):
     ids: np.ndarray  # int32
-    learnt: np.ndarray  # bool, for each of `ids` whether the assistant says it: what a model learns to predict
+    # bool: for each of `ids`, whether a model learns to predict it: what the assistant says in
+    # messages with `learned`
+    learnt: np.ndarray
 
 
 def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
@@ -53,6 +55,7 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
         messages = (Message("system", ""), *messages)
     for message in messages:
         said = message.role == "assistant"
+        learnt = said and message.learned
         yield Stretch(TURN_START, special=True)
         if message.role == "tool":
             yield Stretch("tool\n")
@@ -63,16 +66,16 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
             yield Stretch(f"{message.role}\n" + "\n\n".join(filter(None, (message.content, listed))))
         elif thought := message.thought.strip(BLANK):
             yield Stretch(_ANSWER, header=True)
-            yield Stretch(THOUGHT_START, special=True, learnt=True)
-            yield Stretch(thought, learnt=True)
-            yield Stretch(THOUGHT_END, special=True, learnt=True)
-            yield Stretch(message.content.strip(BLANK), learnt=True)
+            yield Stretch(THOUGHT_START, special=True, learnt=learnt)
+            yield Stretch(thought, learnt=learnt)
+            yield Stretch(THOUGHT_END, special=True, learnt=learnt)
+            yield Stretch(message.content.strip(BLANK), learnt=learnt)
         else:
-            yield Stretch(_ANSWER + message.content.strip(BLANK), header=True, learnt=True)
+            yield Stretch(_ANSWER + message.content.strip(BLANK), header=True, learnt=learnt)
         for call in message.tool_calls:
-            yield Stretch(TOOL_CALL, special=True, learnt=True)
-            yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learnt=True)
-        yield Stretch(TURN_END, special=True, learnt=said)
+            yield Stretch(TOOL_CALL, special=True, learnt=learnt)
+            yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learnt=learnt)
+        yield Stretch(TURN_END, special=True, learnt=learnt)
         yield Stretch("\n")
 
 

@@ -31,9 +31,9 @@ from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
 
 KINDS = ("local", "slurm", "ray")
@@ -74,7 +74,7 @@ def run_ranks(blocks: list[PipelineStep], executor: Executor, *, name: str, task
     if not _incomplete(tasks, logs):
         return True
     if job := _queued_slurm_job(logs):
-        print(f"{name}: Slurm job {job} is not over yet (squeue --jobs={job}): run the same command again when it is", flush=True)
+        console.print(f"{name}: Slurm job {job} is not over yet (squeue --jobs={job}): run the same command again when it is")
         return False
     try:
         if executor.kind == "slurm":
@@ -107,7 +107,7 @@ def _incomplete(tasks: int, logs: Path) -> list[int]:
 def _describe_failures(ranks: Sequence[int], logs: Path) -> str:
     rank, more = ranks[0], f", and so did {len(ranks) - 1} more" if len(ranks) > 1 else ""
     log = logs / "logs" / f"task_{rank:05d}.log"
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     reason = "it was killed (out of memory, or time?), or never begun"
     if any(" | ERROR " in line for line in lines):  # a traceback follows, and the exception is its last line
         reason = next(line for line in reversed(lines) if line.strip()).removeprefix(f"{BadInput.__module__}.BadInput: ")
@@ -121,9 +121,8 @@ def _python_path() -> str:
 @contextlib.contextmanager
 def show_progress(name: str, ranks: int) -> Iterator[Callable[..., None]]:
     """Yields an `on_progress` that moves a bar on a terminal, and prints a line now and then elsewhere."""
-    console = Console()
     start = last_line = time.monotonic()
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=ranks, state="")
 
@@ -137,7 +136,7 @@ def show_progress(name: str, ranks: int) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=ranks_done, state=state)
             if not console.is_terminal and (ranks_done == ranks or now - last_line >= _LINE_SECONDS):
                 last_line = now
-                print(f"{name}: {state}, {now - start:.0f} s", flush=True)
+                console.print(f"{name}: {state}, {now - start:.0f} s")
 
         yield on_progress
 
@@ -203,7 +202,7 @@ def _start_worker(counts: Any, stop: multiprocessing.connection.Connection) -> N
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops us
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  datatrove logs to it; errors reach the parent as exceptions
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  datatrove logs to it; errors reach the parent as exceptions
 
     def exit_with_parent() -> None:
         # The pipe ends when the parent closes it or dies, even by kill -9: a worker that outlived it would write into its successor's shards.
@@ -315,7 +314,7 @@ def _submit_to_slurm(blocks: list[PipelineStep], executor: Executor, name: str, 
         raise BadInput(f"executor slurm: a job script cannot have the space in {logs.absolute()}: choose another directory")
     ranks = _incomplete(tasks, logs)
     if (record := logs / "slurm_job").exists():
-        print(f"{name}: {_describe_failures(ranks, logs)}", flush=True)
+        console.print(f"{name}: {_describe_failures(ranks, logs)}")
     job = SlurmExecutor(
         blocks, tasks=tasks, workers=executor.workers or -1, time=executor.time, partition=executor.partition, qos=None,
         mem_per_cpu_gb=executor.memory_gb, job_name=f"prepare_{name}", logging_dir=str(logs.absolute()),
@@ -326,8 +325,7 @@ def _submit_to_slurm(blocks: list[PipelineStep], executor: Executor, name: str, 
     except subprocess.CalledProcessError as error:
         raise BadInput(f"sbatch refused the job of {name} (exit status {error.returncode}): what it said stands above") from error
     record.write_text(job.job_id)
-    print(
+    console.print(
         f"{name}: submitted Slurm job {job.job_id} for {len(ranks)} of {tasks} ranks: when it has ended (squeue --jobs={job.job_id}), run the "
-        "same command again: it redoes failed ranks alone, and completes the corpus",
-        flush=True,
+        "same command again: it redoes failed ranks alone, and completes the corpus"
     )

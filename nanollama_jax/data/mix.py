@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import track
 
+from nanollama_jax.console import track
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
@@ -143,5 +143,5 @@ def read_rows(mix: Mix, name: str, tokenizer: Tokenizer, count: int, console: Co
         console.print(label, soft_wrap=True)
     packed = pipeline.packed_rows(mix.sources[name], tokenizer, seq_len=mix.seq_len, max_segments=mix.max_segments, seed=mix.seed)
     with contextlib.closing(iter(packed)) as iterator:
-        bar = track(itertools.islice(iterator, count), label, count, console=console, transient=True, disable=not console.is_terminal)
+        bar = track(itertools.islice(iterator, count), label, count, on=console, transient=True)
         return describe(bar, tokenizer, sample=(0, count // 2))

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.table
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from nanollama_jax.console import Table
 from nanollama_jax.data.mix import MAX_EPOCHS, Mix, Rows, context_bins, repetition_warnings, tokens_on_disk
 from nanollama_jax.data.pipeline import Batch
 from nanollama_jax.files import whole_file
@@ -62,7 +63,7 @@ def _contexts(mix: Mix, rows: Mapping[str, Rows]) -> dict[str, np.ndarray]:
 
 def _print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A source's name, then figures, which are never cut: in 60 columns names fold."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
+    table = rich.table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     table.add_column("source", overflow="fold", min_width=5)
     for column, cells in zip(columns, list(zip(*rows))[1:]):
         table.add_column(column, justify="right", no_wrap=True, min_width=max(map(len, [*column.splitlines(), *cells])))

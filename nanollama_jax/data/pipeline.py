@@ -26,7 +26,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanollama_jax.data.shards import load_manifest, split_shards, verify_shards
+from nanollama_jax.data.shards import MANIFEST, dtype_for, load_manifest, naming_shard, split_shards, verify_shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, 
             f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}, this one is {tokenizer.sha256[:12]}): "
             "set tokenizer.path to that one, or prepare into another data.dir"
         )
+    if manifest["dtype"] != (stored := dtype_for(tokenizer.vocab_size) if kind == "documents" else "uint32"):
+        raise BadInput(f"{directory / MANIFEST} has dtype={manifest['dtype']} where {kind} are stored in {stored}: restore it from a copy")
     verify_shards(directory, manifest)
     return Source(name, directory, manifest)
 
@@ -75,15 +77,17 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
 
 def train_batches(
     sources: Mapping[str, Source], weights: Mapping[str, float], tokenizer: Tokenizer, *,
-    batch_size: int, seq_len: int, max_segments: int, seed: int, rows: int | None = None,
+    batch_size: int, seq_len: int, max_segments: int, seed: int, windows: Mapping[str, int] | None = None,
 ) -> grain.IterDataset:  # fmt: skip
-    """Endless global batches of the sources in `weights`, of which `rows` will be read. Iterators have get_state and set_state."""
+    """Endless global batches of the sources in `weights`. Iterators have get_state and set_state; a state holds for the same
+    `windows` alone (source -> rows that are shuffled among each other; the longest without).
+    """
     check_weights(sources, weights)
-    shuffled, total = {}, sum(weights.values())
-    for name, weight in sorted(weights.items()):
+    shuffled = {}
+    for name in sorted(weights):
         packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
         # A long document fills many rows in a row: without this a batch could be one book.
-        window = shuffle_window(seq_len, rows and int(rows * weight / total))
+        window = windows[name] if windows else shuffle_window(seq_len)
         shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=own_seed(seed, name))
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
     return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
@@ -108,6 +112,12 @@ def shuffle_window(seq_len: int, rows: int | None = None) -> int:
         return window
     rows = max(1, rows - 2)  # the mix is within a row of the shares
     return rows // -(-rows // window)
+
+
+def shuffle_windows(weights: Mapping[str, float], seq_len: int, rows: int) -> dict[str, int]:
+    """source -> its shuffle window in a stage that reads `rows` of all sources together."""
+    total = sum(weights.values())
+    return {name: shuffle_window(seq_len, int(rows * weight / total)) for name, weight in weights.items()}
 
 
 def positions(state: dict[str, Any], sources: Mapping[str, Source], seed: int) -> dict[str, Any]:
@@ -167,8 +177,24 @@ def _documents(source: Source, split: str, tokenizer: Tokenizer) -> grain.MapDat
     """Documents as int32 arrays, BOS and EOS added."""
     dtype = np.dtype(source.manifest["dtype"])
     bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    records = grain.sources.ArrayRecordDataSource([str(path) for path in split_shards(source.directory, source.manifest, split)])
-    return grain.MapDataset.source(records).map(lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos]))
+    return grain.MapDataset.source(_Records(source, split)).map(lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos]))
+
+
+class _Records:
+    """The records of a split by number, for Grain; damage to one names its shard."""
+
+    def __init__(self, source: Source, split: str):
+        self._shards = split_shards(source.directory, source.manifest, split)
+        self._ends = np.cumsum([shard["documents"] for shard in source.manifest["splits"][split]["shards"]])
+        with naming_shard(source.directory / f"{split}-*"):  # which of them is not said
+            self._records = grain.sources.ArrayRecordDataSource([str(path) for path in self._shards])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> bytes:
+        with naming_shard(self._shards[min(int(np.searchsorted(self._ends, number, side="right")), len(self._shards) - 1)]):
+            return self._records[number]
 
 
 class PackIterDataset(grain.IterDataset):

@@ -5,12 +5,17 @@
     {"chosen": [...], "rejected": [...]}                       whole conversations; a `prompt` beside them is their beginning or last question
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}      Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning
 
+Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and
+`rejected-rating`; ranks, of which the least is the best; `margin`) must say that the chosen one is
+better: in a bad row they tie, contradict that or are not numbers.
+
 Also the check of a file of either kind of data, which tools/check_finetuning_data.py shows.
 """
 
 import collections
 import dataclasses
 import json
+import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -20,6 +25,13 @@ from nanollama_jax.data.conversations import Conversation, Message, naming, open
 from nanollama_jax.data.sources import matched_files
 from nanollama_jax.errors import BadInput
 
+# score_chosen, chosen-rating, chosen_avg_rating, rejectedReward, rank_chosen and the like
+_SCORE = re.compile(
+    r"(?=.*(?:chosen|rejected))"
+    r".*(?:^|[-_. ]|chosen|rejected)(?:score|rating|reward|rank|ranking|grade|quality)(?:$|[-_. ])",
+    re.IGNORECASE,
+)
+_MARGIN = re.compile(r"(?:(?:score|rating|reward|preference)_)?(?:margin|difference|diff|gap)")
 _HUMAN = re.compile(r"\s*Human:")  # what a transcript begins with
 
 
@@ -59,6 +71,10 @@ def parse_preference(record: Any, where: str) -> Preference:
             raise BadInput("one of `chosen` and `rejected` is the beginning of the other: there are no two answers to one prompt")
         if {chosen[shared].role, rejected[shared].role} != {"assistant"} or chosen_tools != rejected_tools:
             raise BadInput(f"the prompts of `chosen` and `rejected` differ, at message {shared + 1} or in their tools: give both the same prompt")
+        for side, answer in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
+            if not any(message.learned for message in answer if message.role == "assistant"):
+                raise BadInput(f"`{side}`: its answer is not to be trained on: remove the row")
+        _check_scores(record)
         return Preference(where, chosen[:shared], chosen[shared:], rejected[shared:], chosen_tools)
 
 
@@ -88,6 +104,29 @@ def check(url: str, files: collections.defaultdict[str, collections.Counter[str]
     for file in matched_files(url) or ([] if files else [url]):
         if not files[file]["rows"]:
             on_bad(file, BadInput(f"{file}: no rows: is it the right file?"))
+
+
+def _check_scores(record: dict[str, Any]) -> None:
+    """Raises `BadInput` if scores of the answers tie, contradict the labels or are not numbers."""
+    keys = [key for key in record if _SCORE.search(key) or _MARGIN.fullmatch(key)]
+    scores = {key: record[key] for key in keys}
+    for key, value in scores.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            value = reprlib.repr(value)
+            raise BadInput(f"`{key}` is {value}, not a finite number: correct or remove it")
+    for key, value in scores.items():
+        other = key.replace("chosen", "rejected")
+        if _MARGIN.fullmatch(key):
+            better, said = value, f"`{key}` is {value}"
+        elif other != key and other in scores:
+            better = value - scores[other]
+            said = f"`{key}` is {value} and `{other}` is {scores[other]}"
+            better = -better if "rank" in key.lower() else better
+        else:
+            continue
+        if better <= 0:
+            problem = "contradicts the labels" if better else "is a tie"
+            raise BadInput(f"{said}, which {problem}: correct or remove the row")
 
 
 def _turns(record: dict[str, Any], key: str) -> list[Any]:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import rich.console
-import rich.progress
 
+from nanollama_jax.console import track
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -109,14 +108,10 @@ def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: s
     nats, tokens = np.zeros(len(windows)), np.array([len(window.ids) - window.first for window in windows])
     if num_bytes == 0:
         raise BadInput("the tokens do not reach the end of one character: raise max_tokens")
-    console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{len(windows):,} windows", total=len(windows))
-        for start in range(0, len(windows), WINDOWS_A_CALL):
-            batch = windows[start : start + WINDOWS_A_CALL]
-            logprobs = score([window.ids.tolist() for window in batch])
-            nats[start : start + len(batch)] = [-each[window.first - 1 :].sum(dtype=np.float64) for window, each in zip(batch, logprobs, strict=True)]
-            progress.advance(task, len(batch))
+    for start in track(range(0, len(windows), WINDOWS_A_CALL), f"{len(windows):,} windows", transient=True):
+        batch = windows[start : start + WINDOWS_A_CALL]
+        logprobs = score([window.ids.tolist() for window in batch])
+        nats[start : start + len(batch)] = [-each[window.first - 1 :].sum(dtype=np.float64) for window, each in zip(batch, logprobs, strict=True)]
     if not np.isfinite(nats).all():
         raise BadInput("the model gives log-probabilities that are not finite: choose an earlier checkpoint")
 

@@ -37,12 +37,17 @@ class Transformers:
         import torch
         import transformers
 
-        if not (os.path.isdir(folder) and os.path.isfile(os.path.join(folder, "config.json"))):  # transformers would ask the hub for it
+        # Without these files transformers would ask the hub
+        if not all(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "tokenizer.json")):
             raise BadInput(f"{folder} is no folder that tools/export_hf.py wrote")
         transformers.utils.logging.disable_progress_bar()
         self._torch = torch
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, tokenizers' bare Exception: transformers raises what it meets
+            raise BadInput(f"transformers cannot read {folder}: {' '.join(str(error).split())[:300]}") from error
+        self.vocab_size: int = self.model.config.vocab_size
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -76,7 +81,7 @@ class LlamaCpp:
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} is no GGUF file that llama.cpp can read: {error}") from error
         self._vocab = self._model.get_vocab()
-        self._model.n_vocab = self._vocab.n_vocab
+        self._model.n_vocab = self.vocab_size = self._vocab.n_vocab
         params = llama_cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = context_length * sequences
         params.n_seq_max = sequences

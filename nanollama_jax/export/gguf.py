@@ -12,9 +12,10 @@ import numpy as np
 
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export.hf import finite, hf_names, to_hf
+from nanollama_jax.export.hf import check_whole, finite, hf_names, to_hf
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.export.tokenizer_json import PLAIN_CHAT_TEMPLATE, read_model
+from nanollama_jax.export.tokenizer_json import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, chat_templates, read_model
+from nanollama_jax.files import output_path
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 FLOATS = {
@@ -46,8 +47,8 @@ _MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight":
 def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, overwrite: bool = False) -> None:
     """Writes `path`, whole or not at all; `kind` is one of TYPES. Raises BadInput if the file exists (and is not to be overwritten), the tokenizer
     cannot be expressed, or the model's widths do not fit the blocks of a quantised type."""
-    path = pathlib.Path(os.path.abspath(path))
-    if path.exists() and not (overwrite and path.is_file()):
+    path = output_path(path)
+    if os.path.lexists(path) and not (overwrite and path.is_file()):
         raise BadInput(f"{path} exists: remove it, choose another --out, or give --overwrite")
     if kind in QUANTISED:
         block = QUANTISED[kind][1]
@@ -59,6 +60,7 @@ def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, ove
         for name, width in widths.items():
             if width % block:
                 raise BadInput(f"{kind} packs {block} weights together and {name}={width} is no multiple of that: export as q8_0 or f16 instead")
+    check_whole(loaded)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -106,7 +108,7 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     writer.add_rope_dimension_count(m.head_dim)
     writer.add_rope_freq_base(loaded.rope_theta)
     writer.add_layer_norm_rms_eps(m.norm_eps)
-    add_tokenizer(writer, loaded.tokenizer)
+    add_tokenizer(writer, loaded.tokenizer, chat_templates(loaded.tokenizer, loaded.metadata))
 
     names = {gguf_name(name): place for name, place in hf_names(m).items()}
     for name, place in names.items():
@@ -140,8 +142,10 @@ def interleave_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
-    proto = read_model(tokenizer)
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, templates: dict[str, str]) -> None:
+    """BOS is added to all text, also where a chat template writes it: llama.cpp takes the template's away then, and its own rendering of a template
+    that it knows (ChatML) writes none."""
+    proto = read_model(tokenizer, "GGUF")
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.piece for piece in proto.pieces])
@@ -153,6 +157,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)  # llama.cpp assumes true where it is not said
+    writer.add_pad_token_id(tokenizer.pad_id)
     if tokenizer.is_chat:
         writer.add_eot_token_id(tokenizer.control_id(TURN_END))
-        writer.add_chat_template(PLAIN_CHAT_TEMPLATE)
+    templates = {name: PLAIN_CHAT_TEMPLATE if template == CHAT_TEMPLATE else template for name, template in templates.items()}
+    if "default" in templates:
+        writer.add_chat_template(templates["default"])
+    if more := [name for name in templates if name != "default"]:  # GGUFWriter's own way to write them shuffles their names
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, more)
+        for name in more:
+            writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), templates[name])

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -25,12 +26,16 @@ from safetensors.numpy import save_file
 from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
-from nanollama_jax.export.tokenizer_json import tokenizer_files
+from nanollama_jax.export.tokenizer_json import chat_templates, import_chat_templates, tokenizer_files
+from nanollama_jax.files import output_path
 from nanollama_jax.model import Llama, ModelConfig
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import MOST_PIECES, Tokenizer
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 5_000_000_000
+_WRITTEN = re.compile(
+    r"(generation_|tokenizer_)?config\.json|tokenizer\.(json|model)|README\.md|chat_template\.jinja|model.*\.safetensors(\.index\.json)?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +80,10 @@ def export(
 
     Raises BadInput if the folder exists and is not to be overwritten, the tokenizer cannot be expressed, a weight is not finite, or the disk is full.
     """
-    folder = pathlib.Path(os.path.abspath(folder))
+    folder = output_path(folder)
+    if not folder.name:
+        raise BadInput(f"{folder} cannot be written as an export: choose another --out")
+    check_whole(loaded)
     temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.replaced")
     if replaced.exists() and not os.path.lexists(folder):
         os.replace(replaced, folder)  # an export was killed as it took the earlier one's place
@@ -84,12 +92,14 @@ def export(
             raise BadInput(f"{folder} exists: remove it, choose another --out, or give --overwrite")
         if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and "nanollama" not in _read_json(folder / "config.json")):
             raise BadInput(f"{folder} is no earlier export, and is not overwritten: choose another --out")
+        if strange := sorted(path.name for path in folder.iterdir() if not _WRITTEN.fullmatch(path.name)):
+            raise BadInput(f"{folder} holds {strange[0]}, which no export writes and --overwrite would remove: move it, or choose another --out")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
         configs = {"config.json": config_json(loaded, dtype), "generation_config.json": generation_config(loaded.tokenizer)}
         files = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in configs.items()}
-        files |= tokenizer_files(loaded.tokenizer, loaded.context_length)
+        files |= tokenizer_files(loaded.tokenizer, loaded.context_length, chat_templates(loaded.tokenizer, loaded.metadata))
         files["README.md"] = model_card(loaded.model, loaded.metadata, dtype).encode()
         for name, contents in files.items():
             (temporary / name).write_bytes(contents)
@@ -125,11 +135,34 @@ def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: An
     files = ["model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
         tensors = {name: finite(np.ascontiguousarray(to_hf(loaded.params, names[name]).astype(dtype)), name) for name in shard}
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # that of any file here; save_file makes one that only its owner may read
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         del tensors
     if not one:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def param_shapes(model: ModelConfig) -> Any:
+    """The parameters' shapes (jax.ShapeDtypeStruct), layers unrolled if `model` says so."""
+    dummy = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    init = jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jax.ShapeDtypeStruct((), jnp.float32))
+    return nn.meta.unbox(init)["params"]
+
+
+def check_whole(loaded: checkpoint.Loaded) -> None:
+    """Raises BadInput where weights, model and tokenizer contradict each other: what is exported would be another model, or none."""
+    expected, found = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (param_shapes(dataclasses.replace(loaded.model, scan_layers=False)), loaded.params)
+    )
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise BadInput(f"{loaded.path}: its metadata asks for {name} of shape {expected.get(name)}, and its weights have {found.get(name)}")
+    if loaded.tokenizer.vocab_size != loaded.model.vocab_size:
+        raise BadInput(f"{loaded.path}: the tokenizer has {loaded.tokenizer.vocab_size} pieces and the model {loaded.model.vocab_size}")
 
 
 def finite(tensor: np.ndarray, name: str) -> np.ndarray:
@@ -158,16 +191,16 @@ def config_json(loaded: checkpoint.Loaded, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": loaded.tokenizer.bos_id,
-        "eos_token_id": loaded.tokenizer.eos_id,
+        **generation_config(loaded.tokenizer),
         "torch_dtype": dtype,
         "nanollama": provenance(loaded.metadata),
     }
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which tokens begin, end and fill rows; config.json says the same."""
     ends = tokenizer.end_ids
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(ends) if len(ends) > 1 else ends[0]}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(ends) if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_id}
 
 
 # ---- The other way
@@ -189,6 +222,9 @@ def read(folder: str | os.PathLike) -> checkpoint.Loaded:
     params = _read_params(folder, model, config.get("tie_word_embeddings") is True)
     origin = restored_provenance(config.get("nanollama")) or {"imported_from": folder.resolve().name}
     metadata = checkpoint.weights_metadata(model, tokenizer, rope_theta, context_length, origin)
+    about_tokenizer = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    if templates := import_chat_templates(folder, about_tokenizer):
+        metadata["chat_template"] = templates
     return checkpoint.Loaded(model, params, tokenizer, metadata, folder)
 
 
@@ -236,7 +272,7 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
             raise BadInput(f"{folder}: the model has {what}, which this Llama does not have: it cannot be imported")
     d_model, heads = _number(config, "hidden_size", folder, 1, 2**20), _number(config, "num_attention_heads", folder, 1, 2**12)
     return ModelConfig(
-        vocab_size=_number(config, "vocab_size", folder, 1, 2**24),
+        vocab_size=_number(config, "vocab_size", folder, 1, MOST_PIECES),
         num_layers=_number(config, "num_hidden_layers", folder, 1, 1000),
         d_model=d_model,
         num_heads=heads,
@@ -251,9 +287,7 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
 def _read_params(folder: pathlib.Path, model: ModelConfig, tied: bool) -> dict[str, Any]:
     """Float32 parameters, layers unrolled. `tied`: the head is the embedding's transpose, and from here on a weight of its own."""
     names = hf_names(model)
-    dummy = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = nn.meta.unbox(jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jax.ShapeDtypeStruct((), jnp.float32)))["params"]
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), param_shapes(model))
     with contextlib.ExitStack() as files:
         opened = [files.enter_context(_open(path)) for path in _weight_files(folder)]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  not a dict

@@ -21,68 +21,98 @@ PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
 
 
-def read_model(tokenizer: Tokenizer) -> spm.ModelProto:
-    """The SentencePiece model's own description. Raises BadInput for one that the formats we export to cannot express."""
-    proto = spm.ModelProto.FromString(tokenizer.model_bytes)
-    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
-    for wrong, what in (
-        (trainer.model_type != spm.TrainerSpec.BPE, "is not byte-pair encoding"),
-        (not trainer.byte_fallback, "has no byte fallback"),
-        (normalizer.precompiled_charsmap, f"normalises text ({normalizer.name})"),
-        (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
-        (not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix, "treats whitespace in an unusual way"),
-    ):
-        if wrong:
-            raise BadInput(
-                f"the tokenizer {what}, which the export would not reproduce: use a SentencePiece BPE model with byte fallback, as ours is"
-            )
-    return proto
+def read_model(tokenizer: Tokenizer, file_format: str) -> spm.ModelProto:
+    """The SentencePiece model's own description. Raises BadInput where `file_format` ("tokenizer.json" or "GGUF") would give other ids."""
+    if reason := tokenizer.not_exportable.get(file_format):
+        raise BadInput(f"the tokenizer {reason}, which {file_format} cannot express: use a SentencePiece BPE model with byte fallback, as ours is")
+    return spm.ModelProto.FromString(tokenizer.model_bytes)
 
 
-def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, bytes]:
-    """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, for a chat vocabulary, `chat_template.jinja`."""
-    proto = read_model(tokenizer)
+def chat_templates(tokenizer: Tokenizer, metadata: dict[str, Any]) -> dict[str, str]:
+    """Name -> template, "default" first: those that an imported folder had (`import_chat_templates`), ours for a chat vocabulary, or none."""
+    return metadata.get("chat_template") or ({"default": CHAT_TEMPLATE} if tokenizer.is_chat else {})
+
+
+def tokenizer_files(tokenizer: Tokenizer, context_length: int, templates: dict[str, str]) -> dict[str, bytes]:
+    """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, with one chat template, `chat_template.jinja`; several
+    are in `tokenizer_config.json`.
+
+    BOS is written once: by the template where it writes it, as ours and Llama 3's do, else by the tokenizer. So `apply_chat_template`, and its text
+    encoded with `add_special_tokens` or without, all have one (Llama 3 and Mistral have two in the second case; Qwen has none in any). The price:
+    of a chat export `tokenizer(text)` has no BOS, and text that is not a chat wants `tokenizer.bos_token` before it.
+    """
+    proto = read_model(tokenizer, "tokenizer.json")
     names = [piece.piece for piece in proto.pieces]
-    chat = tokenizer.is_chat
+    adds_bos = not any("bos_token" in template or names[tokenizer.bos_id] in template for template in templates.values())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos_id],
-        "eos_token": TURN_END if chat else names[tokenizer.eos_id],
+        "eos_token": TURN_END if tokenizer.is_chat else names[tokenizer.eos_id],
         "unk_token": names[proto.trainer_spec.unk_id],
-        "add_bos_token": True,
+        "pad_token": names[tokenizer.pad_id],
+        "padding_side": "left",  # generate() goes on at the right end
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "add_prefix_space": proto.normalizer_spec.add_dummy_prefix,  # llama.cpp's converter takes it from here, and assumes true without
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
-        "split_special_tokens": not chat,
+        "split_special_tokens": not (tokenizer.is_chat or templates),
     }
-    files = {"tokenizer.json": tokenizer_json(proto, tokenizer.bos_id), "tokenizer_config.json": config}
+    if templates.keys() - {"default"}:
+        config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
+    files = {"tokenizer.json": tokenizer_json(proto, tokenizer.bos_id if adds_bos else None), "tokenizer_config.json": config}
     contents = {name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode() for name, value in files.items()}
-    return contents | {"tokenizer.model": tokenizer.model_bytes} | ({"chat_template.jinja": CHAT_TEMPLATE.encode()} if chat else {})
+    contents["tokenizer.model"] = tokenizer.model_bytes
+    if templates.keys() == {"default"}:
+        contents["chat_template.jinja"] = templates["default"].encode()
+    return contents
 
 
-def tokenizer_json(proto: spm.ModelProto, bos_id: int) -> dict[str, Any]:
-    """The contents of `tokenizer.json`."""
+def import_chat_templates(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
+    """Name -> template of a Hugging Face folder, where transformers looks: its .jinja files, else `chat_template` of its tokenizer_config.json
+    (`config`). They are text to us, never run. Raises BadInput for what is neither a template nor a list of named ones."""
+    files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    try:
+        found = {("default" if path is files[0] else path.stem): path.read_bytes().decode() for path in files if path.exists()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{folder}: a chat template (.jinja) cannot be read: {error}") from error
+    if not found and (given := config.get("chat_template")) is not None:
+        try:
+            found = {"default": given} if isinstance(given, str) else {one["name"]: one["template"] for one in given}
+            "".join([*found, *found.values()]).encode()
+        except (TypeError, KeyError, UnicodeEncodeError) as error:
+            raise BadInput(f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of named texts: {error}") from error
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
+
+
+def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
+    """The contents of `tokenizer.json`; `bos_id` is written before a text, None: nothing is."""
     names, prefix = [piece.piece for piece in proto.pieces], proto.normalizer_spec.add_dummy_prefix
     added = (_Piece.UNKNOWN, _Piece.CONTROL, _Piece.USER_DEFINED)
     prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    bos = {"id": names[bos_id], "ids": [bos_id], "tokens": [names[bos_id]]}
-    first, second = ([{"SpecialToken": {"id": bos["id"], "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1))
+    bos = {} if bos_id is None else {names[bos_id]: {"id": names[bos_id], "ids": [bos_id], "tokens": [names[bos_id]]}}
+    first, second = ([*({"SpecialToken": {"id": name, "type_id": i}} for name in bos), {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
             dict(
-                id=i, content=piece.piece, single_word=False, lstrip=False, rstrip=False, normalized=False, special=piece.type != _Piece.USER_DEFINED
+                id=i,
+                content=piece.piece,
+                single_word=False,
+                lstrip=False,
+                rstrip=False,
+                normalized=piece.type == _Piece.USER_DEFINED,  # as SentencePiece: found where spaces are ▁ already
+                special=piece.type != _Piece.USER_DEFINED,
             )
             for i, piece in enumerate(proto.pieces)
             if piece.type in added
         ],
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
         "pre_tokenizer": None,
-        "post_processor": {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": {bos["id"]: bos}},
+        "post_processor": {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": bos},
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -109,8 +139,9 @@ def tokenizer_json(proto: spm.ModelProto, bos_id: int) -> dict[str, Any]:
 
 def merges(proto: spm.ModelProto) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, in the order in which SentencePiece merges: best score first. Control, byte and unknown pieces are
-    made of nothing: text never becomes one."""
+    made of nothing: text never becomes one. Llama 2's and Mistral's runs of spaces all have the same score, where SentencePiece merges the leftmost
+    pair: the longer left half first gives the same."""
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     rank = {name: i for i, name in enumerate(score)}
     splits = [(name[:i], name[i:]) for name in score for i in range(1, len(name)) if name[:i] in score and name[i:] in score]
-    return sorted(splits, key=lambda pair: (-score[pair[0] + pair[1]], rank[pair[0]], rank[pair[1]]))
+    return sorted(splits, key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0]), rank[pair[0]], rank[pair[1]]))

@@ -139,8 +139,10 @@ class Engine:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """For each sequence of n token ids, the n - 1 natural-log probabilities (float32) of its tokens from the second on, given those before.
 
-        Raises BadInput for a sequence that is empty, or longer than the context.
+        Raises BadInput for a sequence that is empty, or longer than the context, and for one that stands alone instead of in a list.
         """
+        if isinstance(sequences, str) or any(np.ndim(sequence) != 1 for sequence in sequences):
+            raise BadInput("score takes a list of sequences of token ids: for one, write score([ids])")
         for i, sequence in enumerate(sequences):
             self._check(sequence, f"sequence {i}", longest=self.context_length)
         of_length: dict[int, list[int]] = {}

@@ -9,14 +9,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import llguidance
+from llguidance import LLMatcher
 
+from nanollama_jax.data.conversations import naming, parse_tools
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import TOOL_CALL
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_COMBINED = ("allOf", "anyOf", "oneOf")
 # Berkeley Function Calling Leaderboard's names of types are Python's and JSON Schema's mixed.
 _JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "int": "integer", "str": "string", "bool": "boolean"}
+# What llguidance says of a schema without its keyword -> the same with it.
+_UNENFORCEABLE = {
+    "oneOf constraints": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
+    "Failed to generate regex for": "`minimum` or `maximum` is too large to enforce (2^63)",
+    "(?s:.{": "`minLength` or `maxLength` is too large to enforce",
+    "regex parse error": "`pattern` is not a regex that can be enforced",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +39,27 @@ class Grammar:
 
 
 def json_schema(schema: dict[str, Any] | str) -> Grammar:
-    """Values of a JSON schema, properties in its order. A keyword that cannot be enforced is an error when compiled, never ignored."""
+    """Values of a JSON schema, properties in its order.
+
+    Raises `BadInput` for a keyword that cannot be enforced; none is ignored.
+    """
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(parsed, dict):
             raise ValueError(f"it is of type {type(parsed).__name__}")
-        text = json.dumps(parsed)  # a string's depth llguidance limits, a dict's not; the overrides win over the schema's own "x-guidance"
-        return Grammar(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_STYLE), json=True, words=_pattern_literals(text))
+        text = json.dumps(parsed)
+        source = _enforceable(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"JSON schema: {gist(str(error))}: give an object of JSON") from error
+    except BadInput as error:
+        raise BadInput(f"JSON schema: {error}") from error
+    return Grammar(source, json=True, words=_pattern_literals(text))
 
 
 def regex(pattern: str) -> Grammar:
     """Texts that `pattern` matches whole, in the syntax of Rust's regex crate: no look-around, no back-references."""
-    return Grammar(llguidance.LLMatcher.grammar_from_regex(_utf8(pattern)), json=False, words=_literals(pattern))
+    source = LLMatcher.grammar_from_regex(_utf8(pattern))
+    return Grammar(source, json=False, words=_literals(pattern))
 
 
 def lark(text: str) -> Grammar:
@@ -53,7 +69,7 @@ def lark(text: str) -> Grammar:
     quoted = re.findall(r'"((?:[^"\\\n]|\\.)+)"', text)
     regexes = re.findall(r"/((?:[^/\\\n]|\\.)+)/", text)
     words = [word.replace("\\n", "\n").replace('\\"', '"') for word in quoted] + [word for pattern in regexes for word in _literals(pattern)]
-    return Grammar(llguidance.LLMatcher.grammar_from_lark(_utf8(text)), json="%json" in text, words=words)
+    return Grammar(LLMatcher.grammar_from_lark(_utf8(text)), json="%json" in text, words=words)
 
 
 def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
@@ -63,43 +79,57 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
     A vocabulary without the control piece `<|tool_call|>` (a base model's) begins with the JSON. Raises `BadInput` for a tool without a name,
     two of one name, or parameters that are no schema.
     """
-    calls, names = [], set()
-    for number, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            raise BadInput(f"tool {number} has no name: give it as {{'name': ..., 'parameters': ...}}")
-        if name in names:
-            raise BadInput(f"two tools are named {name!r}: rename one")
-        names.add(name)
-        parameters = function.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise BadInput(f"tool {name!r}: its parameters are no JSON schema: give an object")
-        try:
-            arguments = _json_types({"type": "object", "properties": {}} | parameters, f"#/anyOf/{number}/properties/arguments")
-        except RecursionError as error:
-            raise BadInput(f"tool {name!r}: its parameters are nested too deeply: flatten them") from error
-        properties = {"name": {"const": name}, "arguments": arguments}
+    calls = []
+    for number, tool in enumerate(parse_tools(list(tools))):
+        parameters = {"type": "object", "properties": {}} | tool.get("parameters", {})
+        if isinstance(parameters["type"], list) and "object" in parameters["type"]:
+            parameters["type"] = "object"  # arguments are never null
+        with naming(f"tool {tool['name']!r}"):
+            try:
+                _enforceable(json.dumps(_json_types(parameters, "#")))
+                arguments = _json_types(parameters, f"#/anyOf/{number}/properties/arguments")
+            except (ValueError, RecursionError) as error:  # llguidance limits the depth too
+                why = f"its parameters are nested too deeply ({gist(str(error))})"
+                raise BadInput(f"{why}: flatten them") from error
+        properties = {"name": {"const": tool["name"]}, "arguments": arguments}
         calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
     if not calls:
         raise BadInput("there is no tool to call: give at least one")
-    try:
-        schema = json.dumps({"x-guidance": _JSON_STYLE, "anyOf": calls})
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"tools: {gist(str(error))}: their parameters must be JSON") from error
+    schema = json.dumps({"x-guidance": _JSON_STYLE, "anyOf": calls})
     return Grammar(f"start: {TOOL_CALL} call\ncall: %json {schema}\n", json=True, words=_pattern_literals(schema), opening=TOOL_CALL)
 
 
-def _json_types(schema: Any, root: str) -> Any:
-    """`schema` with BFCL's types as JSON Schema's, objects that list their properties closed, and "#" references moved to `root`."""
+def _enforceable(schema: str) -> str:
+    """The grammar of a JSON schema's text. Raises `BadInput` that names what cannot be enforced."""
+    # llguidance limits the depth of a string, not of a dict; overrides win over "x-guidance".
+    source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
+    if problem := LLMatcher.validate_grammar(source):
+        named = next((words for found, words in _UNENFORCEABLE.items() if found in problem), "")
+        if unknown := re.fullmatch("Unknown format: (.*)", problem):
+            named = f"`format` {unknown[1]!r} cannot be enforced"
+        raise BadInput(f"{named or gist(problem)}: change or remove it")
+    return source
+
+
+def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
+    """`schema` with BFCL's types as JSON Schema's and "#" references moved to `root`.
+
+    Objects that list their properties are closed (`additionalProperties` false) unless they say
+    otherwise; one that shares its properties with its allOf, anyOf or oneOf is closed to the names
+    that any of them lists.
+    """
     if isinstance(schema, list):
-        return [_json_types(each, root) for each in schema]
+        return [_json_types(each, root, closed) for each in schema]
     if not isinstance(schema, dict):
         return schema
+    all_of = schema.get("allOf")
+    shared = bool(schema.get("properties")) or (isinstance(all_of, list) and len(all_of) > 1)
     mapped = {}
     for key, value in schema.items():
         if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
             mapped[key] = {name: _json_types(each, root) for name, each in value.items()}
+        elif key in _COMBINED:
+            mapped[key] = _json_types(value, root, closed and not shared)
         else:
             mapped[key] = value if key in ("enum", "const", "default", "examples") else _json_types(value, root)  # those are no schemas
     types = mapped.get("type")
@@ -111,9 +141,28 @@ def _json_types(schema: Any, root: str) -> Any:
         mapped["type"] = [_JSON_TYPES.get(each, each) if isinstance(each, str) else each for each in types]
     if isinstance(mapped.get("$ref"), str) and mapped["$ref"].startswith("#"):
         mapped["$ref"] = root + mapped["$ref"][1:]
-    if mapped.get("type") == "object" and "properties" in mapped and not {"allOf", "anyOf", "oneOf", "$ref"} & mapped.keys():
+    listed = "properties" in mapped and mapped.keys().isdisjoint(_COMBINED)
+    if closed and (listed or shared) and (names := _property_names(mapped)) is not None:
+        mapped["properties"] = {name: {} for name in names} | mapped.get("properties", {})
         mapped.setdefault("additionalProperties", False)
     return mapped
+
+
+def _property_names(schema: Any) -> list[str] | None:
+    """The properties that a schema and its allOf, anyOf and oneOf list; None if others are open."""
+    if not isinstance(schema, dict) or "$ref" in schema:
+        return None
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        return None
+    names = list(properties)
+    for parts in (schema[key] for key in _COMBINED if key in schema):
+        for part in parts if isinstance(parts, list) else [None]:
+            inner = _property_names(part)
+            if inner is None or {"patternProperties", "additionalProperties"} & part.keys():
+                return None
+            names += inner
+    return names
 
 
 def _literals(pattern: str) -> list[str]:

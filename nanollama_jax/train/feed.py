@@ -20,10 +20,11 @@ class Feed:
     batches: Any  # a Grain iterator
     validation: dict[str, list[Batch]]
     rows: list[rows.Rows]  # sft, dpo: of every split that is read; DPO's pairs are numbered across all
+    shuffle_windows: dict[str, int] | None = None  # pretrain: source -> rows that are shuffled among each other
 
 
-def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
-    """Raises BadInput for what is missing, damaged, or not for this stage."""
+def open_feed(config: ConfigDict, tokenizer: Tokenizer, windows: dict[str, int] | None = None) -> Feed:
+    """`windows`: the shuffle windows of the run that is resumed. Raises BadInput for what is missing, damaged, or not for this stage."""
     shares, validated = dict(config.data.sources), config.data.validation or tuple(config.data.sources)
     names = dict.fromkeys((*shares, *validated))
     sources = {name: pipeline.open_source(config.data.dir, name, tokenizer, HOLDS[config.task]) for name in names}
@@ -36,9 +37,11 @@ def open_feed(config: ConfigDict, tokenizer: Tokenizer) -> Feed:
     of_validation = dict(batch_size=config.batch_size // config.accumulation, max_rows=max(1, config.validation.tokens // config.seq_len))
     if config.task == "pretrain":
         warn_of_repetition(mix.epochs(sources, shares, steps * config.tokens_per_step), config.name)
-        batches = pipeline.train_batches(sources, shares, tokenizer, rows=steps * config.batch_size, **of_step, **packing)
+        if windows is None or windows.keys() != shares.keys():
+            windows = pipeline.shuffle_windows(shares, config.seq_len, steps * config.batch_size)
+        batches = pipeline.train_batches(sources, shares, tokenizer, windows=windows, **of_step, **packing)
         validation = {name: pipeline.validation_batches(sources[name], tokenizer, **of_validation, **packing) for name in validated}
-        return Feed(sources, iter(batches), validation, [])
+        return Feed(sources, iter(batches), validation, [], windows)
     opened, pairs = {}, 0
     for name, split in sorted({(name, "train") for name in shares} | {(name, "validation") for name in validated}):
         opened[name, split] = rows.Rows.of(sources[name], split, first_pair=pairs, **packing)

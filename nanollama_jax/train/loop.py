@@ -10,38 +10,36 @@ import importlib.metadata
 import json
 import pathlib
 import shutil
-import signal
 import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint, distributed, sharding
+from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
-from nanollama_jax.export.model_card import provenance
-from nanollama_jax.files import locked, whole_file
+from nanollama_jax.export.model_card import provenance, trained_on
+from nanollama_jax.files import locked
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.attention import check_attention
 from nanollama_jax.tokenizer import Tokenizer
-from nanollama_jax.train import gates, metrics
+from nanollama_jax.train import divergence, gates, metrics
 from nanollama_jax.train import step as steps
 from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
 from nanollama_jax.train.objectives import means
-from nanollama_jax.train.origin import find_origin, weights_of_start, weights_to_start_from
+from nanollama_jax.train.origin import check_changes, find_origin, kept_windows, weights_of_start, weights_to_start_from, write_config
 from nanollama_jax.train.reference import open_reference
 from nanollama_jax.train.settle import settle
-
-MAX_SKIPPED_IN_A_ROW = 10
+from nanollama_jax.train.signals import stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,14 @@ class Outcome:
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
-    """Trains one stage. Raises BadInput before anything is allocated if something is wrong, RunStopped when a gate says so."""
+    """Trains one stage. Raises BadInput before anything is allocated if something is wrong, RunStopped when a gate says so or it diverges."""
     with contextlib.ExitStack() as cleanup:
         # ---- Settle the config and the workdir
         model = settle(config)
+        check_workdir(workdir)
         workdir = pathlib.Path(workdir)
+        if checkpoint.is_checkpoint(workdir.absolute()):
+            raise BadInput(f"--workdir={workdir} is a checkpoint: name its run, {workdir.absolute().parent.parent}, or another folder")
         distributed.check_agreement({"config": config.to_dict(), "model": dataclasses.asdict(model), "workdir": str(workdir.absolute())})
         workdir.mkdir(parents=True, exist_ok=True)
         is_main = jax.process_index() == 0
@@ -75,7 +76,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         tokenizer = Tokenizer(config.tokenizer.path)
         if tokenizer.vocab_size != model.vocab_size:
             raise BadInput(f"{config.tokenizer.path} has {tokenizer.vocab_size} pieces and model.vocab_size={model.vocab_size}: make them agree")
-        feed = open_feed(config, tokenizer)
+        feed = open_feed(config, tokenizer, kept_windows(workdir))
         batches, tuning = feed.batches, config.task != "pretrain"
         cleanup.callback(batches.close)
 
@@ -97,12 +98,21 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         inherited = {"context_length": max(config.seq_len, before.get("context_length", 0)), "provenance": before.get("provenance")}
         if tuning and origin != workdir:
             inherited["provenance"] = provenance(before)
+        if feed.shuffle_windows:
+            inherited["shuffle_windows"] = feed.shuffle_windows
+        # Fine-tuning counts its own tokens, as it does its steps; those of the base model are in `provenance`.
+        tokens_before = 0 if tuning and origin != workdir else before.get("tokens_seen", 0)
+        if tokens_before:
+            exact = "checksums" in before or before["config"]["start_step"] == 0
+            how = "" if exact else ", as an earlier version reckoned them: all steps as if they had this stage's tokens"
+            log.info("%s: %s tokens seen up to step %d%s", config.name, f"{tokens_before:,}", origin_step, how)
+        if origin == workdir and (changed := check_changes(before["config"], json.loads(config.to_json_best_effort()), origin_step)):
+            log.warning("%s: %s", config.name, changed)
+        named = config.tuning if tuning else config.corpora  # a licence stated now, else the one prepared with
+        read = {name: named.get(name, {}).get("licence") or feed.sources[name].manifest["licence"] for name in config.data.sources}
+        inherited["corpora"] = ({} if tuning or not before else trained_on(before)) | read
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
-        if is_main:
-            settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
-            with whole_file(workdir / "config.json") as file:
-                file.write(settled.to_json_best_effort(indent=1).encode() + b"\n")
         read_before = {}  # source -> where earlier stages left it
         if origin is None:
             (workdir / "gates.json").unlink(missing_ok=True)
@@ -122,14 +132,30 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             batches.set_state(position)
             if anew:
                 log.warning("%s: read from their beginning, for the seed or the corpus is another than before: %s", config.name, ", ".join(anew))
+        if is_main:
+            settled = ConfigDict(config.to_dict() | {"model": dataclasses.asdict(model)})
+            write_config(workdir, settled.to_json_best_effort(indent=1).encode() + b"\n", origin_step if origin == workdir else None)
         step = first_step = int(state.step)
-        whence = "from scratch" if origin is None else f"{'resumed ' if origin == workdir else ''}from {origin} at step {step}"
-        log.info("%s: weights %s", config.name, whence)
+        if origin is None:
+            start = "from scratch"
+        else:
+            start = f"resumed from {origin} at step {step}" if origin == workdir else f"from step {origin_step} of {origin}"
+        log.info("%s: weights %s", config.name, start)
         devices = mesh.devices.flatten()
         log.info(
             "%s: %s parameters, %s attention, %s, remat %s, on %d %s (data=%d, fsdp=%d)", config.name, f"{model.num_params:,}", model.attention,
             model.dtype, model.remat, len(devices), devices[0].device_kind, *mesh.devices.shape,
         )  # fmt: skip
+
+        # ---- Refuse what is not finite, from here on to the end
+        watch = divergence.Watch(config.task, model.vocab_size, before.get("lowest_loss", {}) if origin == workdir else {})
+
+        def diverged(why: str) -> NoReturn:
+            suspect = origin.absolute() / checkpoint.FOLDER / f"step_{origin_step}" if origin and not watch.good_steps else None
+            divergence.stop(f"{config.name}, step {step}: {why}", checkpoints, config.optimizer.peak_lr, suspect)
+
+        if not divergence.is_finite(state):
+            diverged("parameters or optimizer state are not finite")
 
         # ---- What fine-tuning needs besides: DPO's reference, prompts to sample
         reference = None
@@ -150,7 +176,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
         # ---- Report and compile
         reporter = metrics.Reporter(
-            config, workdir, step=-1 if origin is None else step, flops_per_token=model.flops_per_token(config.seq_len),
+            config, workdir, step=step if origin == workdir else -1, flops_per_token=model.flops_per_token(config.seq_len),
             device_kind=devices[0].device_kind, devices=len(devices), is_main=is_main,
         )  # fmt: skip
         cleanup.callback(reporter.close)
@@ -160,20 +186,27 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         log.info("%s: compiled in %.1f s", config.name, time.monotonic() - started)
 
         # ---- Train: metrics are fetched one step late, so that the device never waits for the host
-        meter = Meter(reporter)
+        meter = Meter(reporter, watch)
 
         def gate_limits(step: int) -> tuple[float, float] | None:
             """A gate at the step where a stage starts was the stage's before it."""
             return gates.thresholds(config.gates.perplexity, step) if step > config.start_step else None
 
-        def validate() -> float:
-            theta = np.float32(rope_theta(step))
-            found = {name: measure_all(program.measure, state.params, theta, batches, mesh) for name, batches in feed.validation.items()}
+        def validate() -> float | None:
+            """The perplexity, or None where a signal cut it short."""
+            theta, found = np.float32(rope_theta(step)), {}
+            for name, batches in feed.validation.items():
+                found[name] = measure_all(program.measure, state.params, theta, batches, mesh, lambda: stop_requested(True))
+                if found[name] is None:
+                    return None
             # The stage's own figures are those of its mix: means weighted by share of the rows
             shares = {name: share / sum(config.data.sources.values()) for name, share in config.data.sources.items() if name in found}
             found["all"] = {
                 key: sum(share * found[name][key] for name, share in shares.items()) / sum(shares.values()) for key in next(iter(found.values()))
             }
+            watch.validation(found["all"])
+            if step == config.end_step and (why := watch.objection(state)):
+                diverged(why)  # before it is on record: a stage whose last validation is on record is finished
             reporter.validation(step, found)
             return float(np.exp(found["all"]["loss"]))
 
@@ -182,17 +215,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             for line in samples.lines(engine, prompts, config.samples.max_new_tokens):
                 log.info("%s step %d  %s", config.name, step, line)
 
-        def save() -> None:
-            about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited
+        def save(validation_loss: float | None) -> None:
+            about = describe(config, model, step, float(rope_theta(step)), about_data) | inherited | {"lowest_loss": watch.lowest}
+            about["tokens_seen"] = tokens_before + (step - first_step) * config.tokens_per_step
             position = batches.get_state()
             data = {"batches": position, "positions": {} if tuning else read_before | pipeline.positions(position, feed.sources, config.seed)}
-            checkpoints.save(step, state, data, about, tokenizer.model_bytes)
+            checkpoints.save(step, state, data, about, tokenizer.model_bytes, validation_loss)
 
         def pass_gate(perplexity: float | None) -> None:
             limits = gate_limits(step)
             if limits is None or gates.passed(workdir, step):
                 return
-            perplexity = validate() if perplexity is None else perplexity
+            if (perplexity := validate() if perplexity is None else perplexity) is None:
+                return
             decided = gates.verdict(perplexity, *limits)
             if is_main:
                 gates.record(workdir, step, "overridden" if decided == "stop" and not config.gates.enforce else decided)
@@ -202,11 +237,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 checkpoints.wait()
                 raise RunStopped(f"{text}. The run is saved; to go on all the same, run it again with --config.gates.enforce=False")
 
-        if step == 0:
+        if step == 0 or (step == config.end_step and not metrics.validated_at(workdir / "metrics.jsonl", step)):
             validate()
         pass_gate(None)  # one that held the run before
+        stop = stop_requested(True)
         meter.restart()
-        while step < config.end_step:
+        while step < config.end_step and not stop:
             with meter.waiting_for_data():
                 batch = next(batches)
             if step == first_step:
@@ -215,6 +251,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             step += 1
             merged = pipeline.merged_documents(batch, tokenizer.bos_id)
             meter.take(step, step_metrics, {"batch_crc32": zlib.crc32(batch["tokens"]), "merged_documents": merged})
+            if watch.skipped_in_a_row >= divergence.MAX_SKIPPED_IN_A_ROW:
+                diverged(watch.objection(state))
 
             stop = stop_requested(step % config.log_every == 0)
             at_gate = gate_limits(step) is not None
@@ -224,36 +262,42 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             if to_validate or to_save or to_sample:
                 meter.flush()
                 # In this order: what a checkpoint claims to have been validated is on record; a gate holds a run that is saved.
-                perplexity = validate() if to_validate and (not stop or step == config.end_step) else None
-                if to_save:
-                    save()
-                if to_sample:
+                perplexity = validate() if to_validate and not stop else None
+                if to_validate and perplexity is None:
+                    stop = to_save = True
+                if to_save and (why := watch.objection(state)):
+                    watch.not_saved_in_a_row += 1
+                    if step == config.end_step or at_gate or watch.not_saved_in_a_row >= divergence.MAX_NOT_SAVED_IN_A_ROW:
+                        diverged(why)
+                    log.warning("%s: not saved at step %d: %s", config.name, step, why)
+                elif to_save:
+                    watch.not_saved_in_a_row = 0
+                    save(None if perplexity is None else float(np.log(perplexity)))
+                if to_sample and not stop:
                     sample()
                 if perplexity is not None:
                     pass_gate(perplexity)
                 meter.restart()
-            if stop:
-                break
 
         # ---- Close: what is reported saved is whole on disk
         meter.flush()
         checkpoints.wait()
         saved = checkpoints.latest_step()
-        if step < config.end_step:
-            log.warning("%s: stopped by a signal at step %d and saved; run the same command to go on", config.name, saved)
+        if stop:
+            kept = "saved" if saved == step else f"nothing saved since step {saved}" if saved is not None else "nothing saved yet"
+            log.warning("%s: stopped by a signal at step %d (%s); rerun the command to resume", config.name, step, kept)
         else:
             log.info("%s: finished at step %d and saved in %s", config.name, saved, checkpoints.directory / f"step_{saved}")
-        return Outcome(step=step, finished=step >= config.end_step)
+        return Outcome(step=step, finished=not stop)
 
 
 class Meter:
-    """Fetches each step's metrics after the next one is dispatched, times them, and watches for updates that stay non-finite."""
+    """Fetches each step's metrics after the next one is dispatched, times them, and shows them to the reporter and the watch."""
 
-    def __init__(self, reporter: metrics.Reporter):
-        self._reporter = reporter
+    def __init__(self, reporter: metrics.Reporter, watch: divergence.Watch):
+        self._reporter, self._watch = reporter, watch
         self._pending: tuple[int, dict[str, jax.Array], dict[str, int], float] | None = None
         self._data_seconds = 0.0
-        self._skipped_in_a_row = 0
         self._warned: set[str] = set()
         self.restart()
 
@@ -287,19 +331,17 @@ class Meter:
             if values[name] and name not in self._warned:
                 log.warning("step %d: %d documents are not kept apart from the one before: raise %s", step, values[name], remedy)
                 self._warned.add(name)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["update_skipped"] else 0
-        if self._skipped_in_a_row:
-            log.warning("step %d: loss or gradient is not finite; its update was skipped", step)
-        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise RunStopped(
-                f"{MAX_SKIPPED_IN_A_ROW} updates in a row up to step {step} were not finite: lower optimizer.peak_lr, or look at the data"
-            )
+        self._watch.step(step, values)
 
 
-def measure_all(measure: Callable, params: Any, rope_theta: np.float32, batches: list[pipeline.Batch], mesh) -> dict[str, float]:
-    """The objective's means over all batches."""
+def measure_all(
+    measure: Callable, params: Any, rope_theta: np.float32, batches: list[pipeline.Batch], mesh, stop_requested: Callable[[], bool]
+) -> dict[str, float] | None:
+    """The objective's means over all batches, or None if it was to stop in their midst."""
     total: collections.Counter[str] = collections.Counter()
     for batch in batches:
+        if stop_requested():
+            return None
         sums = jax.device_get(measure(params, sharding.put_batch(batch, mesh), rope_theta))
         for name, value in sums.items():
             total[name] += float(value)
@@ -307,11 +349,10 @@ def measure_all(measure: Callable, params: Any, rope_theta: np.float32, batches:
 
 
 def describe(config: ConfigDict, model: ModelConfig, step: int, rope_theta: float, about_data: dict[str, str]) -> dict[str, Any]:
-    """The metadata of a checkpoint."""
+    """The metadata of a checkpoint, but for `tokens_seen` and what it inherits."""
     return {
         "phase": config.name,
         "step": step,
-        "tokens_seen": step * config.tokens_per_step,
         "model": dataclasses.asdict(model),
         "rope_theta": rope_theta,
         **about_data,
@@ -330,34 +371,11 @@ def git_commit() -> str:
 
 
 def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
-    """The beginnings of the first documents of a row as text, special tokens by name, control characters escaped: what the model is fed."""
+    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first
+    documents as text, special tokens by name, control characters escaped."""
     tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
     found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
     found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
-    return f"{len(found)} segment(s): " + " | ".join(repr(tokenizer.show(ids)[:characters]) for ids in found[:documents])
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[bool], bool]]:
-    """Inside, SIGTERM and SIGINT only set a flag (a second SIGINT interrupts at once). Gives a function that says whether to stop; with several
-    processes they must all stop after the same step, so it asks the others, and only when its argument is true, the same on all."""
-    received = False
-
-    def on_signal(number, frame):
-        nonlocal received
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received = True
-        log.warning("received %s: will save and stop after this step", signal.Signals(number).name)
-
-    def stop_requested(ask_others: bool) -> bool:
-        if jax.process_count() == 1:
-            return received
-        return ask_others and bool(np.any(multihost_utils.process_allgather(np.array(received))))
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop_requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    learned = int(batch["loss_weights"][0].sum())
+    texts = [repr(tokenizer.show(ids)[:characters]) for ids in found[:documents]]
+    return f"{len(found)} segment(s), {learned:,} tokens learned: {' | '.join(texts)}"

@@ -3,22 +3,21 @@
 import json
 import logging
 import math
+import operator
 import pathlib
 import secrets
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import rich.console
-import rich.logging
 import rich.progress
 from ml_collections import ConfigDict
 
+from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 
 log = logging.getLogger("nanollama")
-console = rich.console.Console(highlight=False)
 
 # Dense bf16 FLOP/s, NVIDIA data sheets. MFU is given for these, elsewhere FLOP/s alone.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12}
@@ -33,7 +32,7 @@ def set_up_logging(workdir: pathlib.Path, is_main_process: bool) -> None:
     log.propagate = False
     log.addHandler(_Terminal())
     if is_main_process:
-        file = logging.FileHandler(workdir / "log.txt")
+        file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
 
@@ -65,9 +64,9 @@ class Reporter:
         self._wandb = start_wandb(config, workdir)
         if console.is_terminal:
             columns = (
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=24),
-                rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}"),
+                rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}", markup=False),
             )
             self._live = rich.progress.Progress(*columns, console=console, transient=True)
             self._task = self._live.add_task(config.name, total=config.end_step, completed=max(0, step), line="")
@@ -147,17 +146,42 @@ def duration(seconds: float) -> str:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a `metrics.jsonl`; a last line cut short by a kill is left out, and so are damaged ones, with a warning."""
+    rows, bad = parse_rows(path)
+    if bad:
+        log.warning("%s: damaged line(s) %s left out", path, ", ".join(map(str, bad)))
+    return rows
+
+
+def parse_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """The rows of a `metrics.jsonl`, and by number, from 1, the lines that are none (a machine's crash leaves NULs or half a line)."""
+    rows, bad = [], {}
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            operator.index(row["step"])
+        except (ValueError, TypeError, KeyError):
+            bad[number] = line
+        else:
+            rows.append(row)
+    return rows, bad
+
+
+def validated_at(path: pathlib.Path, step: int) -> bool:
+    """Whether the validation at a step is on record in a `metrics.jsonl`."""
+    return any(row["step"] == step and ("validation_perplexity" in row or "validation" in row) for row in read_rows(path))
 
 
 def open_trimmed(path: pathlib.Path, step: int):
-    """`path` opened for appending, without the rows after `step`: a resumed run writes those again."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
+    """`path` opened for appending, without the rows after `step`: a resumed run writes those again. Damaged lines go to `PATH.bad`."""
+    rows, bad = parse_rows(path)
+    if bad:
+        aside = path.with_name(f"{path.name}.bad")
+        with aside.open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in bad.values()))
+        log.warning("%s: damaged line(s) %s moved to %s", path, ", ".join(map(str, bad)), aside.name)
     with whole_file(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode())
     return path.open("a")
 
 

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 from nanollama_jax import checkpoint
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import whole_file
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import stack_layers
 from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.train import optimizer
 
 
 def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, about_data: dict[str, str]) -> tuple[pathlib.Path | None, int]:
@@ -26,6 +28,11 @@ def find_origin(config: ConfigDict, workdir: pathlib.Path, model: ModelConfig, a
         check_same(*found, model, about_data)
         check_same_batches(*found, config)
         return found
+    if saved := checkpoint.reported_saved(workdir):
+        raise BadInput(
+            f"{workdir} had a checkpoint of step {saved} and has none now: put {checkpoint.FOLDER}/step_{saved} back, or choose another --workdir; "
+            f"to start again from the beginning, and lose metrics.jsonl, remove {workdir / checkpoint.SAVED}"
+        )
     if config.init_from:
         found = checkpoint.find(config.init_from)
         if found is None:
@@ -116,11 +123,81 @@ def check_same_batches(workdir: pathlib.Path, step: int, config: ConfigDict) -> 
         if old != new:
             name = ".".join(key)
             raise BadInput(f"the run in {workdir} was trained with {name}={old}, and config says {new}: set it back, or start another with init_from")
-    if config.task == "pretrain" and (old := shuffle_windows(before)) != (new := shuffle_windows(now)):
-        raise BadInput(f"the run in {workdir} shuffles among {old} rows, and with end_step={config.end_step} it would among {new}: set end_step back")
 
 
-def shuffle_windows(config: dict[str, Any]) -> dict[str, int]:
-    """source -> rows that are shuffled among each other."""
-    shares, rows = config["data"]["sources"], (config["end_step"] - config["start_step"]) * config["batch_size"]
-    return {name: pipeline.shuffle_window(config["seq_len"], int(rows * share / sum(shares.values()))) for name, share in shares.items()}
+def kept_windows(workdir: pathlib.Path) -> dict[str, int] | None:
+    """source -> shuffle window, of the run to resume in `workdir`: its data position holds for no other. None for a new one."""
+    found = checkpoint.find(workdir)
+    metadata = checkpoint.read_metadata(*found) if found else {}
+    config = metadata.get("config")
+    if not config or config["task"] != "pretrain":
+        return None
+    rows = (config["end_step"] - config["start_step"]) * config["batch_size"]
+    # Earlier versions recorded no windows: theirs are those of the length in their config.
+    return metadata.get("shuffle_windows") or pipeline.shuffle_windows(config["data"]["sources"], config["seq_len"], rows)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) of every value of a config (as JSON) that differs; a name on one side only has None on the other."""
+    found = {}
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found
+
+
+def schedules(config: dict[str, Any], step: int) -> tuple[float, float]:
+    """Learning rate and RoPE theta of the update after `step` updates."""
+    rate = optimizer.wsd_schedule(step, config["optimizer"]["peak_lr"], **config["schedule"])
+    rope = config["rope"]
+    theta = optimizer.rope_theta_schedule(step, rope["start_theta"], rope["end_theta"], config["start_step"], config["end_step"], rope["schedule"])
+    return float(rate), float(theta)
+
+
+def write_config(workdir: pathlib.Path, content: bytes, resumed_at: int | None) -> None:
+    """Writes `config.json`. Where a run is resumed with another config, that of the steps before stays, as `config_until_step_N.json`."""
+    path = workdir / "config.json"
+    before = path.read_bytes() if path.exists() else content
+    kept = workdir / f"config_until_step_{resumed_at}.json"
+    if resumed_at and before != content and not kept.exists():  # a second config that never got beyond this step leaves nothing
+        with whole_file(kept) as file:
+            file.write(before)
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def check_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> str:
+    """What differs between the config of a run so far and the one it is resumed with at `step`, as one line; "" if nothing does.
+
+    Raises BadInput for a learning rate or a RoPE theta that would jump at `step` (by more than 1 %) although none of the values
+    that say how high it is was changed: a stage's length alone never moves them.
+    """
+    changed = changes(before, now)
+    if not changed:
+        return ""
+    goes_on = step < now["end_step"]
+    (old_rate, old_theta), (rate, theta) = schedules(before, step), schedules(now, step)
+    length = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items() if name in ("end_step", "schedule.total_steps"))
+    asked = changed.keys() & {"optimizer.peak_lr", "schedule.warmup_steps", "schedule.decay_start"}
+    if goes_on and abs(rate - old_rate) > 0.01 * old_rate and not asked:
+        smooth = now["optimizer"]["peak_lr"] * old_rate / rate if rate else 0.0
+        keep = f", or optimizer.peak_lr={smooth:.3g} to stay at the old rate" if smooth else ""
+        raise BadInput(
+            f"with {length} the learning rate would jump at step {step} from {old_rate:.3g} to {rate:.3g}: say where it is to be, "
+            f"schedule.decay_start={step} for optimizer.peak_lr and then down to 0{keep}"
+        )
+    if goes_on and abs(theta - old_theta) > 0.01 * old_theta and not any(name.startswith("rope.") for name in changed):
+        done = (step - now["start_step"]) / (now["end_step"] - now["start_step"])
+        end = now["rope"]["end_theta"]
+        start = end if done >= 1 else end * (old_theta / end) ** (1 / (1 - done))
+        raise BadInput(
+            f"with {length} RoPE theta would jump at step {step} from {old_theta:,.0f} to {theta:,.0f}: set rope.start_theta={start:.6g} "
+            f"to go from {old_theta:,.0f} to rope.end_theta={end!r} in the steps that are left, or set end_step back"
+        )
+    differs = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    rates = f"{rate:.3g}" if rate == old_rate else f"{old_rate:.3g} -> {rate:.3g}"
+    thetas = f"{theta:,.0f}" if theta == old_theta else f"{old_theta:,.0f} -> {theta:,.0f}"
+    return f"config changed at step {step}: {differs} (learning rate {rates}, RoPE theta {thetas} at this step)"

@@ -1,15 +1,18 @@
 """What a stage takes on GPUs other than those here: their figures, and arithmetic on them. `tools/plan.py` prints it."""
 
+import bisect
 import dataclasses
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from nanollama_jax.errors import BadInput
+from nanollama_jax.config import check
+from nanollama_jax.data.shards import dtype_for
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.settings import MEMORY_FRACTION
 from nanollama_jax.train.memory import step_memory
 from nanollama_jax.train.metrics import PEAK_FLOPS
-from nanollama_jax.train.settle import MARGIN, fastest_attention, step_shape
+from nanollama_jax.train.settle import MARGIN, check_size, check_stage, fastest_attention, step_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +35,24 @@ def usable_bytes(gpu: Gpu) -> float:
 
 
 def settle_for(config: ConfigDict, gpu: Gpu, devices: int) -> tuple[ModelConfig, dict[str, int]]:
-    """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput if the batch cannot be split over them."""
-    data, fsdp = config.mesh.data, config.mesh.fsdp if config.mesh.fsdp != -1 else devices // config.mesh.data
-    if data * fsdp != devices or config.batch_size % (devices * config.accumulation):
-        raise BadInput(
-            f"{config.name}: batch_size={config.batch_size} in accumulation={config.accumulation} micro-batches cannot be split over "
-            f"--devices={devices} (mesh.data={data} x mesh.fsdp={fsdp}): change one of them"
-        )
+    """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput."""
+    check(config)
+    _, fsdp = check_stage(config, devices)
     model = dict(config.model) | {"remat": "full"}
     if model["dtype"] == "auto":
         model["dtype"] = "bfloat16"
     if model["attention"] == "auto":
         model["attention"] = fastest_attention(model, gpu.capability)
-    return ModelConfig(**model), step_shape(config, fsdp)
+    settled = ModelConfig(**model)
+    check_size(settled)
+    return settled, step_shape(config, fsdp)
 
 
 def most_rows(model: ModelConfig, limit: float, shape: dict[str, int]) -> int:
     """The largest number of rows a device can take at a time."""
-    devices, rows = shape["fsdp"] * shape["data"] * shape["accumulation"], 0
-    while step_memory(model, **shape | {"rows": (rows + 1) * devices}).total <= limit:
-        rows += 1
-    return rows
+    devices = shape["fsdp"] * shape["data"] * shape["accumulation"]
+    needed = lambda rows: step_memory(model, **shape | {"rows": rows * devices}).total  # noqa: E731
+    return bisect.bisect_right(range(1, 2**40), limit, key=needed)
 
 
 def tokens_per_second(model: ModelConfig, seq_len: int, gpu: Gpu, devices: int, mfu: float) -> float:
@@ -69,9 +69,18 @@ def checkpoint_bytes(model: ModelConfig) -> int:
     return 12 * model.num_params
 
 
+def bytes_per_token(config: ConfigDict) -> int:
+    """Of prepared data, before compression. Conversations and pairs take 4: one bit says who speaks."""
+    if config.task != "pretrain":
+        return 4
+    return np.dtype(dtype_for(config.model.vocab_size)).itemsize
+
+
 def checkpoints_kept(config: ConfigDict) -> int:
     """When the stage is done: the last few, and those kept for good."""
-    every, first, last = config.checkpoint.keep_every, config.start_step, config.end_step
-    for_good = {step for step in range(every, last + 1, every) if step > first} if every else set()
-    recent = {step for step in range(config.checkpoint.every, last + 1, config.checkpoint.every) if step > first} | {last}
-    return len(for_good | set(sorted(recent)[-config.checkpoint.keep_last :]))
+    every, for_good = config.checkpoint.every, config.checkpoint.keep_every
+    first, last = config.start_step, config.end_step
+    recent = [last, *range((last - 1) // every * every, first, -every)[: config.checkpoint.keep_last - 1]]
+    if not for_good:
+        return len(recent)
+    return last // for_good - first // for_good + sum(step % for_good != 0 for step in recent)

@@ -69,8 +69,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The next state, and float32 scalars to log. Gradients are summed over micro-batches in float32 and divided once by the global weight, so
     that neither the number of devices nor of micro-batches changes what is optimised (with 16-bit activations, layers' gradients are summed
-    over devices in 16 bits). If loss or gradient is not finite, the update is
-    skipped and counted, and the state is otherwise that of before."""
+    over devices in 16 bits). If loss, gradient or the optimizer's moments are not finite, the update is skipped and counted, and the state is
+    otherwise that of before."""
     theta = rope_theta(state.step)
     params = cast_matrices(state.params, compute_dtype)
     gradient_of = jax.value_and_grad(objective, has_aux=True)
@@ -95,7 +95,8 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
 
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(means["loss"])
+    # The moments of before, not the updated ones, which would have to be computed twice or kept beside the old: 8 bytes a parameter read
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(means["loss"]) & jnp.isfinite(optax.tree.sum(state.opt_state))
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
     skipped = jnp.where(finite, 0, 1)
     new_state = TrainState(step=state.step + 1, skipped=state.skipped + skipped, params=params, opt_state=opt_state)

@@ -84,17 +84,11 @@ def test_tool_calls_as_openai_writes_them():
     assert parse_conversation(TOOL_USE, "x:1") == Conversation("x:1", (Message("user", "2 + 2?"), called, *done), (ADD,))
     for tools in (json.dumps([ADD]), [ADD], [{"type": "function", "function": ADD | {"strict": None}}]):
         assert parse_conversation(TOOL_USE | {"tools": tools}, "x:1").tools == (ADD,)
-    other = changed(CALLED, "2", "tool_calls", 0, "id")["tool_calls"]
-    swapped = [USER, CALLED | {"tool_calls": CALLED["tool_calls"] + other}, RESULT | {"tool_call_id": "2"}, RESULT, ANSWER]
-    assert "message 3: `tool_call_id` is '2', where the result of '1' is due: order" in mistake(TOOL_USE | {"messages": swapped})
-    swapped[2:4] = swapped[3:1:-1]
-    assert len(messages(TOOL_USE | {"messages": swapped})) == 5
     tagged = ANSWER | {"content": '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>\n'}
     assert "message 2: `content` is a <tool_call>, which would be learnt as text" in mistake(TOOL_USE | {"messages": [USER, tagged]})
     bare = changed(TOOL_USE, [{"name": "add", "arguments": {"a": 2}}], "messages", 1, "tool_calls")
     assert parse_conversation(bare, "x:1") == parse_conversation(TOOL_USE, "x:1")
-    twice = CALLED | {"tool_calls": CALLED["tool_calls"] * 2}
-    assert len(messages(TOOL_USE | {"messages": [USER, twice, RESULT, RESULT, twice, RESULT, RESULT, ANSWER]})) == 8
+    assert len(messages(TOOL_USE | {"messages": [USER, CALLED, RESULT, CALLED, RESULT, ANSWER]})) == 6, "an id is for one message's calls"
     blank = CALLED | {"content": "\n", "thought": " "}
     assert messages(TOOL_USE | {"messages": [USER, blank]}) == messages(TOOL_USE | {"messages": [USER, CALLED]})
     assert messages(TOOL_USE | {"messages": [USER, CALLED]})[-1].tool_calls, "a call can be the last that is learnt"
@@ -119,8 +113,6 @@ def test_a_thought_at_the_beginning_of_an_answer():
         ):
             assert messages(row)[1] == Message("assistant", "4", "Two and two.")
     assert messages(chat(USER, ANSWER | {"content": "<think></think>4"}))[1] == Message("assistant", "4")
-    assert messages(chat(USER, ANSWER | {"content": "It says <think>a</think>."}))[1].content == "It says <think>a</think>."
-    assert messages(chat(USER, ANSWER | {"reasoning_content": "Two and two."}))[1] == Message("assistant", "4", "Two and two.")
     assert "`content` is empty" in mistake(chat(USER, ANSWER | {"content": "<think>So.</think>\n"}))
 
 
@@ -167,8 +159,119 @@ def test_text_around_hermes_tools_is_kept_but_for_its_own_prompt():
         assert (found.messages[0], found.tools) == (Message("system", kept), (ADD,))
 
 
-def test_a_weight_of_one_and_weights_of_what_is_not_learnt():
-    assert messages(chat(USER | {"weight": 0}, ANSWER | {"weight": 1.0, "refusal": None})) == messages(chat(USER, ANSWER))
+# ---- Training control
+
+
+SECOND = [{"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "6"}]
+
+
+def learned(record) -> list[bool]:
+    return [message.learned for message in messages(record) if message.role == "assistant"]
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "weight", "loss", "loss_weight", "loss_mask"])
+def test_a_message_that_is_not_to_be_trained_on_is_context(key):
+    for no, yes in ((False, True), (0, 1), (0.0, 1.0)):
+        row = chat(USER | {key: no}, ANSWER | {key: no}, SECOND[0] | {key: no}, SECOND[1] | {key: yes})
+        assert learned(row) == [False, True] and messages(row) == messages(chat(USER, ANSWER, *SECOND))
+        assert learned(chat(USER, ANSWER, SECOND[0], SECOND[1] | {key: no})) == [True, False]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: False}] * 2
+    assert learned({"conversations": [*turns[:3], turns[3] | {key: None}]}) == [False, True]
+    assert "no message of the assistant is to be trained on" in mistake({"conversations": turns})
+    call = CALLED | {key: 0}
+    assert learned(TOOL_USE | {"messages": [USER, call, RESULT, ANSWER]}) == [False, True]
+    for value in (0.5, 2, -1, "false", [0, 1], {}, float("nan")):
+        assert f"message 2: `{key}` is {value!r}, which is not understood: write" in mistake(chat(USER, ANSWER | {key: value}))
+    assert f"message 1: `{key}` is True in a message of role user" in mistake(chat(USER | {key: True}, ANSWER))
+    for row in (chat(USER, ANSWER), SHAREGPT, {"question": "2 + 2?", "answer": "4"}, {"query": "2 + 2?", "response": "4"}):
+        assert messages(row | {key: True}) == messages(chat(USER, ANSWER))
+        for value in (False, 0.5, 3):
+            assert f"`{key}` is {value!r} for the whole row" in mistake(row | {key: value})
+
+
+@pytest.mark.parametrize("key", ["train_detail", "mask", "masked", "loss_scale", "train_on_turn", "step_loss_mask", "token_weights"])
+def test_control_that_is_not_understood_is_refused(key):
+    for value in (True, 0, [{"begin_offset": 0, "end_offset": 1, "train": False}]):
+        assert f"message 2: `{key}` is " in mistake(chat(USER, ANSWER | {key: value}))
+        assert f"message 1: `{key}` is " in mistake(changed(SHAREGPT, value, "conversations", 0, key))
+    assert messages(chat(USER, ANSWER | {key: None})) == messages(chat(USER, ANSWER)), "as Parquet fills it"
+
+
+def test_control_of_rows_and_contradictions():
+    for key in ("mask_history", "train_on_inputs", "masked", "weights", "loss_mask", "mask"):
+        for value in (True, 0, [0, 1])[key == "loss_mask" :]:
+            said = mistake(chat(USER, ANSWER, **{key: value}))
+            assert f"`{key}` is {value!r} for the whole row, where every row counts 1" in said
+    assert "`sample_weight` is 2" in mistake(chat(USER, ANSWER, sample_weight=2))
+    assert len(messages(chat(USER, ANSWER, training_split="a", lossless=1, source_weight=3))) == 2, "not about what is learned"
+    assert "message 2: `train` and `weight` contradict each other" in mistake(chat(USER, ANSWER | {"train": True, "weight": 0}))
+
+
+# ---- Thoughts
+
+
+def test_a_thought_without_its_opening_tag():
+    for text in ("Two and two.\n</think>\n\n4", "Two and two.</think>4", "\n<think>Two and two.</think> 4"):
+        for row in (chat(USER, ANSWER | {"content": text}), {"query": "2 + 2?", "response": text}, {"question": "2 + 2?", "answer": text}):
+            assert messages(row) == [Message("user", "2 + 2?"), Message("assistant", "4", "Two and two.")]
+        assert messages(changed(SHAREGPT, text, "conversations", 1, "value"))[1] == Message("assistant", "4", "Two and two.")
+    called = f"I add.</think>\n<tool_call>{json.dumps({'name': 'add', 'arguments': {'a': 2}})}</tool_call>"
+    turn = {"from": "gpt", "value": called}
+    found = messages({"conversations": [SHAREGPT["conversations"][0], turn], "tools": [ADD]})
+    assert found[1] == Message("assistant", "", "I add.", (ToolCall("add", {"a": 2}),))
+
+
+@pytest.mark.parametrize("key", ["thought", "reasoning_content", "reasoning", "thinking"])
+def test_a_thought_beside_the_answer(key):
+    expected = [Message("user", "2 + 2?"), Message("assistant", "4", "Two and two.")]
+    for row in (chat(USER, ANSWER), SHAREGPT):
+        name = "messages" if "messages" in row else "conversations"
+        assert messages(changed(row, "Two and two.", name, 1, key)) == expected
+        assert "<think> in what the assistant says" in mistake(changed(row, "a<think>b", name, 1, key))
+    assert messages({"question": "2 + 2?", key: "Two and two.", "answer": "4"}) == expected
+    both = chat(USER, ANSWER | {key: "Two and two.", "reasoning_content": "Two and two."})
+    assert messages(both) == expected, "OpenRouter writes it twice"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>a</think>b<think>c</think>d",
+        "<think>a<think>b</think>c</think>d",
+        "<think>a",
+        "4<think>a",
+        "a</think>b</think>c",
+        "It says <think>a</think>.",
+        "<THINK>a</THINK>4",
+        "<|begin_of_thought|>a<|end_of_thought|>4",
+        "<thinking>a</thinking>4",
+        "\n<reasoning>\na</reasoning>4",
+        "<thought>a</thought>4",
+        "[THINK]a[/THINK]4",
+    ],
+)
+def test_other_tags_of_thoughts_are_refused(text):
+    for row in (chat(USER, ANSWER | {"content": text}), {"query": "2 + 2?", "response": text}, {"question": "a", "answer": text}):
+        assert re.search(r" in what the assistant says: a thought is read |` begins with .*, which would be learned as text", mistake(row))
+    assert "message 2: " in mistake(changed(SHAREGPT, text, "conversations", 1, "value"))
+
+
+def test_tags_of_thoughts_where_no_thought_is():
+    text = "Why </think>?"
+    for row in (
+        chat(USER | {"content": text}, ANSWER),
+        chat(USER, ANSWER, system=text),
+        chat({"role": "system", "content": text}, USER, ANSWER),
+        TOOL_USE | {"messages": [USER, CALLED, RESULT | {"content": text}, ANSWER]},
+        {"question": text, "answer": "4"},
+        changed(SHAREGPT, text, "conversations", 0, "value"),
+    ):
+        assert "</think> in what the " in mistake(row) and "at the beginning of an answer" in mistake(row)
+    for text in ("1 < 2 and <thinks> nothing", "It is <reasoning>.", "think>a</thinker>"):
+        assert messages(chat(USER | {"content": text}, ANSWER | {"content": text}))[1] == Message("assistant", text)
+    inside = '<think>a <tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call></think>4'
+    row = changed(SHAREGPT, inside, "conversations", 1, "value") | {"tools": [ADD]}
+    assert "message 2: a <tool_call> in a thought" in mistake(row)
 
 
 def test_hermes_tools_calls_and_responses():
@@ -244,10 +347,6 @@ def test_special_tokens_in_text_are_data():
             "`arguments` of a call of 'add' is not JSON: \"{'a': 2\"",
         ),
         (changed(TOOL_USE, "[2]", "messages", 1, "tool_calls", 0, "function", "arguments"), "`arguments` of a call of 'add' is of type list, not an"),
-        (
-            changed(TOOL_USE, None, "messages", 1, "tool_calls", 0, "function", "arguments"),
-            "`arguments` of a call of 'add' is missing, not an object",
-        ),
         (changed(TOOL_USE, '{"a": NaN}', "messages", 1, "tool_calls", 0, "function", "arguments"), "`arguments` of a call of 'add' is not JSON"),
         (changed(TOOL_USE, {"a": "\udc00"}, "messages", 1, "tool_calls", 0, "function", "arguments"), "`arguments` of a call of 'add' is not JSON"),
         (changed(TOOL_USE, "[" * 10**5, "messages", 1, "tool_calls", 0, "function", "arguments"), "`arguments` of a call of 'add' is not JSON: '[[["),
@@ -260,16 +359,18 @@ def test_special_tokens_in_text_are_data():
         (TOOL_USE | {"tools": 0}, "`tools` is of type int, not a list"),
         (TOOL_USE | {"tools": False}, "`tools` is of type bool, not a list"),
         (chat(USER, ANSWER, system=7), "`system` is of type int, not a string"),
-        (chat(USER, ANSWER, functions=[ADD]), "`functions` is not read, and would change what is learnt: write it as `tools`, or remove it"),
-        (chat(USER, ANSWER, thoughts="Hm."), "`thoughts` is not read, and would change what is learnt: write it as `thought`"),
+        (chat(USER, ANSWER, functions=[ADD]), "`functions` is not read, and would change what is learned: write it as `tools`, or remove it"),
+        (chat(USER, ANSWER, thoughts="Hm."), "`thoughts` is not read, and would change what is learned: write it as `thought`"),
         ({"question": "2 + 2?", "rationale": "Hm.", "answer": "4"}, "`rationale` is not read"),
-        ({"question": "2 + 2?", "reasoning": "Hm.", "answer": "4"}, "`reasoning` is not read"),
-        (chat(USER, ANSWER | {"function_call": {"name": "add"}}), "message 2: `function_call` is not read, and would change what is learnt: write"),
-        (chat(USER, ANSWER | {"refusal": "No."}), "message 2: `refusal` is not read, and would change what is learnt: write it as `content`"),
-        (chat(USER, ANSWER | {"thinking": "Hm."}), "message 2: `thinking` is not read"),
-        (changed(SHAREGPT, "Hm.", "conversations", 1, "reasoning"), "message 2: `reasoning` is not read"),
-        (chat(USER, ANSWER | {"weight": 0}), "message 2: `weight` is 0, where every answer counts 1"),
-        (changed(SHAREGPT, 0.5, "conversations", 1, "weight"), "message 2: `weight` is 0.5, where every answer counts 1"),
+        (chat(USER, ANSWER | {"function_call": {"name": "add"}}), "message 2: `function_call` is not read, and would change what is learned: write"),
+        (chat(USER, ANSWER | {"refusal": "No."}), "message 2: `refusal` is not read, and would change what is learned: write it as `content`"),
+        (chat(USER, ANSWER | {"reasoning_details": [{"text": "Hm."}]}), "message 2: `reasoning_details` is not read"),
+        (
+            chat(USER | {"reasoning": "Hm."}, ANSWER),
+            "message 1: `reasoning` is not read, and would change what is learned: write it as the assistant's",
+        ),
+        (chat(USER, ANSWER | {"reasoning": {"effort": "high"}}), "message 2: `reasoning` is of type dict, not a string"),
+        (chat(USER, ANSWER | {"thought": "Hm.", "reasoning": "So."}), "`thought` and `reasoning` are different thoughts: keep one"),
         (TOOL_USE | {"tools": [ADD, ADD]}, "tool 2: another is named 'add': rename one"),
     ],
 )
@@ -279,6 +380,7 @@ def test_every_mistake_is_one_line_that_names_the_place(record, says):
 
 WORDS = ["user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "add", "", "<think>a</think>b", "<tools>[{}]</tools>"]
 WORDS += ["<tool_call>{'name': 'add', 'arguments': {}}</tool_call>", "<tool_call>", "<tool_response>1</tool_response>", "[{'name': 'add'}]", "\ud800"]
+WORDS += ["a</think>b", "<think>", 0, 1]
 WORDS += ["\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c", '{"name": "add", "arguments": {}}']
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=()), max_size=5)
 JSON = SCALARS | st.recursive(
@@ -317,18 +419,17 @@ def test_no_json_raises_anything_but_bad_input(record):
 
 def test_brackets_as_deep_as_python_goes_and_deeper():
     said = set()
-    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit() + 1, 10):
+    for depth in range(sys.getrecursionlimit() // 4, sys.getrecursionlimit() + 1, 10):
         deep: dict = {}
         for _ in range(depth):
             deep = {"a": deep}
         asked = [CALLED | {"tool_calls": [{"name": "add", "arguments": deep}]}]
         said.add(mistake({"prompt": "2 + 2?", "chosen": asked, "rejected": asked, "tools": [ADD]}, parse_preference))
-        said.add(mistake({"tools": [ADD | {"parameters": deep}]}))
-    assert {text.partition(": ")[2].partition(": {")[0] for text in said} == {
+        said.add(mistake({"tools": [ADD | {"parameters": {"properties": deep}}]}))
+    assert {text.partition(": ")[2] for text in said} == {
         "`chosen` equals `rejected`: there is nothing to prefer, remove the row",
-        "`chosen`: message 2: `arguments` of a call of 'add' is not JSON",
         f"unknown format, with keys ['tools']: known are {FORMATS}",
-        "`tools` is not JSON: [{'description': 'Adds.', 'name': 'add', 'parameters'",
+        "it is nested too deeply: flatten it",
     }
 
 
@@ -341,7 +442,125 @@ def test_what_is_accepted_is_in_order(turns):
         accepted = True
     except BadInput:
         accepted = False
-    assert accepted == bool(re.fullmatch("s?(u(ct+)*a)*u(ct+)*[ac]", letters)), letters
+    assert accepted == bool(re.fullmatch("s?(u(ct)*a)*u(ct)*[ac]", letters)), letters
+
+
+# ---- Calls and tools
+
+
+def call_of(tool, *arguments):
+    """What is read of one call, written without `arguments` or with those given."""
+    call = {"name": tool["name"]} | ({"arguments": arguments[0]} if arguments else {})
+    return {"messages": [USER, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+
+
+def read_call(*row):
+    return messages(call_of(*row))[1].tool_calls[0].arguments
+
+
+def test_calls_without_arguments():
+    optional = ADD | {"parameters": ADD["parameters"] | {"required": []}}
+    for tool in ({"name": "now"}, {"name": "now", "parameters": {}}, ADD, optional):
+        assert [read_call(tool, *passed) for passed in ([], [None], [""], [" "], ["null"], ["{}"], [{}])] == [{}] * 7
+    required = ADD | {"parameters": ADD["parameters"] | {"required": ["a"]}}
+    for passed in ([], [None], [""], ["null"]):
+        assert "`arguments` of a call of 'add' is missing, and ['a'] is required: give them" in mistake(call_of(required, *passed))
+    for text in ("{", "0", "[]", 0, False, []):
+        assert "`arguments` of a call of 'add' is " in mistake(call_of(ADD, text))
+    for key, value in (("parameters", {"a": 2}), ("input", {"a": 2}), ("args", '{"a": 2}'), ("kwargs", [2])):
+        row = changed(call_of(ADD), value, "messages", 1, "tool_calls", 0, key)
+        assert f"a call of 'add' has `{key}`, not `arguments`" in mistake(row)
+    outside = changed(call_of(ADD), [{"function": {"name": "add"}, "arguments": {"a": 2}}], "messages", 1, "tool_calls")
+    assert "a call of 'add' has `arguments` outside `function`: move it" in mistake(outside)
+
+
+NULLABLE = {
+    "name": "find",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "unit": {"type": "string"},
+            "day": {"type": ["string", "null"]},
+            "hour": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            "where": {"type": "object", "properties": {"x": {"type": "number"}}},
+        },
+        "required": ["city", "day", "hour"],
+    },
+}
+
+
+def test_nulls_in_arguments_are_the_same_from_json_and_parquet(tmp_path):
+    given = [
+        {"city": "Rome", "unit": None, "day": None, "hour": None, "where": {"x": None, "y": 2}},
+        {"city": "Oslo", "unit": "C", "day": "today", "hour": 3, "where": {"x": 1, "y": None}},
+    ]
+    rows = [call_of(NULLABLE, arguments) for arguments in given]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    expected = [
+        {"city": "Rome", "where": {"y": 2}, "day": None, "hour": None},
+        {"city": "Oslo", "unit": "C", "day": "today", "hour": 3, "where": {"x": 1}},
+    ]
+    for kind in ("jsonl", "parquet"):
+        read = read_rows(f"file://{tmp_path}/a.{kind}", parse_conversation, lambda where, error: pytest.fail(str(error)))
+        found = [row.messages[1].tool_calls[0].arguments for row in read]
+        assert list(map(json.dumps, found)) == list(map(json.dumps, expected)), "the same text, not only the same object"
+    text = '{"city": "Rome", "unit": null, "list": [null]}'
+    assert read_call(NULLABLE, text) == json.loads(text), "a string is the same everywhere, and kept"
+
+
+def test_where_the_parameters_of_a_tool_stand():
+    schema = ADD["parameters"]
+    for key in ("parameters", "input_schema", "inputSchema"):
+        tool = {"name": "add", "description": "Adds.", key: schema}
+        for form in (tool, {"type": "function", "function": tool}, {"type": "custom", **tool}):
+            (found,) = parse_tools([form])
+            assert found.items() >= ADD.items() and not found.keys() & {"input_schema", "inputSchema"}
+    assert parse_tools([ADD | {"inputSchema": schema, "input_schema": None}]) == (ADD,)
+    assert parse_tools([{"name": "now", "description": "The time."}]) == ({"name": "now", "description": "The time."},)
+    with pytest.raises(BadInput, match="tool 1: `parameters` and `inputSchema` differ: keep one"):
+        parse_tools([ADD | {"inputSchema": {}}])
+    for key in ("arguments", "args", "params", "schema", "properties", "parameter_definitions", "input"):
+        with pytest.raises(BadInput, match=f"tool 1: it has `{key}` but no `parameters`: write"):
+            parse_tools([{"name": "add", "description": "Adds.", key: schema}])
+    with pytest.raises(BadInput, match="tool 1: it has `parameters` but"):
+        parse_tools([{"type": "function", "function": {"name": "add"}, "parameters": schema}])
+    for flat in ({"a": {"type": "number"}}, {"a": "number"}, {"type": {"type": "string"}}):
+        with pytest.raises(BadInput, match="tool 1: `parameters` is not the JSON schema of an object: write it as"):
+            parse_tools([ADD | {"parameters": flat}])
+    for key, value in (("properties", ["a"]), ("required", "a"), ("required", [{"a": 1}])):
+        with pytest.raises(BadInput, match=f"tool 1: .*`{key}` of `parameters` is of type"):
+            parse_tools([ADD | {"parameters": schema | {key: value}}])
+
+
+def results_of(ids, answered) -> list[dict]:
+    calls = [{"id": each, "function": {"name": "add", "arguments": {"a": at}}} for at, each in enumerate(ids)]
+    results = [{"role": "tool", "content": f"of {each}"} | ({} if each is None else {"tool_call_id": each}) for each in answered]
+    return TOOL_USE | {"messages": [USER, {"role": "assistant", "tool_calls": calls}, *results, ANSWER]}
+
+
+def test_results_are_put_in_the_order_of_their_calls():
+    for answered in ("abc", "cab", "bca"):
+        assert [message.content for message in messages(results_of("abc", answered))[2:-1]] == ["of a", "of b", "of c"]
+    assert [message.content for message in messages(results_of([7, 8], [8, 7]))[2:-1]] == ["of 7", "of 8"]
+    for ids, answered in (("ab", [None, None]), ([None, None], "ab"), ([None, "b"], "ba")):
+        assert [m.content for m in messages(results_of(ids, answered))[2:-1]] == [f"of {each}" for each in answered], "no ids: in their order"
+    for ids, answered, says in (
+        ("ab", "ax", "message 4: `tool_call_id` is 'x', where one of ['b'] is due: correct the ids"),
+        ("ab", "aa", "message 4: `tool_call_id` is 'a', where one of ['b'] is due"),
+        ("ab", "abb", "message 5: `tool_call_id` is 'b', where one of [] is due"),
+        ("aa", "aa", "message 4: `tool_call_id` is 'a', where one of [] is due"),
+        ("ab", "b", "message 4: not each of the calls ['a', 'b'] has a result"),
+        ("ab", ["a", None], "message 5: not each of the calls ['a', 'b'] has a result"),
+    ):
+        assert says in mistake(results_of(ids, answered))
+    shared = {"conversations": [{"from": "human", "value": "a"}, results_of("ab", "")["messages"][1] | {"from": "gpt", "value": ""}]}
+    shared["conversations"] += [{"from": "tool", "value": f"of {each}", "tool_call_id": each} for each in "ba"] + [{"from": "gpt", "value": "c"}]
+    assert [message.content for message in messages(shared | {"tools": [ADD]})[2:4]] == ["of a", "of b"]
+
+
+# ---- Files
 
 
 def test_files_and_what_is_bad_in_them(tmp_path):

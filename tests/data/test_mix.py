@@ -11,9 +11,9 @@ import types
 import grain
 import numpy as np
 import pytest
-from rich.console import Console
 
 from configs import phase2_16k
+from nanollama_jax.console import Console
 from nanollama_jax.data import mix, mix_report, pipeline
 from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.errors import BadInput
@@ -163,7 +163,7 @@ def test_sample_rows_show_boundaries_without_colour_and_no_control_characters(co
     documents = [np.array(tokenizer.encode(text, bos=True, eos=True), np.int32) for text in texts]
     length = sum(map(len, documents)) - 2
     row = next(iter(pipeline.PackIterDataset(grain.MapDataset.source(documents).to_iter_dataset(), length, 3)))
-    plain, coloured = (Console(file=io.StringIO(), width=120, markup=False, highlight=False, **on) for on in ({}, {"force_terminal": True}))
+    plain, coloured = (Console(file=io.StringIO(), width=120, **on) for on in ({}, {"force_terminal": True}))
     for console in (plain, coloured):
         console.print(mix_report.row_text(row, tokenizer))
     shown = re.sub(r"\s*\n\s*", "", plain.file.getvalue())
@@ -193,7 +193,7 @@ def runs(corpora, tmp_path_factory):
 
 def reported(corpora, width):
     """What is printed of a phase in a terminal of `width` columns."""
-    tokenizer, console = corpora[1], Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    tokenizer, console = corpora[1], Console(file=io.StringIO(), width=width)
     opened = mix.open_mix(stage_config(corpora), tokenizer)
     rows = {name: mix.read_rows(opened, name, tokenizer, 20, Console(file=io.StringIO())) for name in opened.sources}
     mix_report.report(opened, rows, tokenizer, console)

@@ -56,10 +56,19 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
 
 def test_a_stage_of_few_rows_still_moves_on(corpora):
     sources, tokenizer = corpora
-    read_before, tokens = {}, []
+    read_before, tokens, weights = {}, [], {"a": 0.5, "b": 0.5}
     for seq_len, rows in [(32, 320), (64, 90), (128, 40), (32, 200)]:  # none has a window of 512 rows
         batches = iter(
-            pipeline.train_batches(sources, {"a": 0.5, "b": 0.5}, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0, rows=rows)
+            pipeline.train_batches(
+                sources,
+                weights,
+                tokenizer,
+                batch_size=1,
+                seq_len=seq_len,
+                max_segments=64,
+                seed=0,
+                windows=pipeline.shuffle_windows(weights, seq_len, rows),
+            )
         )
         batches.set_state(pipeline.begin_at(batches.get_state(), read_before, sources, seed=0)[0])
         tokens += [next(batches)["tokens"][0] for _ in range(rows)]
@@ -80,7 +89,10 @@ def test_a_stage_of_few_rows_still_moves_on(corpora):
 
 def test_positions_in_another_order_are_not_used(corpora):
     sources, tokenizer = corpora
-    batches = iter(pipeline.train_batches(sources, {"a": 1.0, "b": 1.0}, tokenizer, batch_size=8, seq_len=64, max_segments=64, seed=0, rows=64))
+    windows = pipeline.shuffle_windows({"a": 1.0, "b": 1.0}, 64, 64)
+    batches = iter(
+        pipeline.train_batches(sources, {"a": 1.0, "b": 1.0}, tokenizer, batch_size=8, seq_len=64, max_segments=64, seed=0, windows=windows)
+    )
     for _ in range(8):
         next(batches)
     state, fresh = batches.get_state(), pipeline.positions(batches.get_state(), sources, seed=0)

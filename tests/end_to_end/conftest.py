@@ -7,8 +7,10 @@ import pathlib
 import subprocess
 import sys
 
+import absl.flags
 import numpy as np
 import pytest
+from ml_collections import ConfigDict, config_flags
 
 from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.train.metrics import read_rows
@@ -52,6 +54,18 @@ class Lab:
             f"--config.{setting}" for setting in set_to if not any(setting.split("=")[0] == e.split("=")[0].removeprefix("--config.") for e in extra)
         ]
         return ["--config", f"configs/{recipe}.py:nano", "--workdir", str(workdir), *flags, *extra]
+
+    def config(self, recipe: str, *extra: str) -> ConfigDict:
+        """The config of a tiny run, for `train` in this process."""
+        values = absl.flags.FlagValues()
+        config = config_flags.DEFINE_config_file("config", None, flag_values=values)
+        absl.flags.DEFINE_string("workdir", None, "", flag_values=values)
+        command = ["main.py", *self.flags(recipe, pathlib.Path(), *extra)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
+            patch.chdir(ROOT)
+            values(command)
+        return config.value
 
     def start(self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1) -> subprocess.Popen:
         env = os.environ | {

@@ -16,7 +16,7 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.train.metrics import read_rows
-from tests.end_to_end.conftest import SOURCES, STAGES, rows
+from tests.end_to_end.conftest import SOURCES, STAGES, TUNING, rows
 
 
 def saved_state(workdir):
@@ -79,6 +79,10 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     assert final["stages"]["phase3"]["perplexity"]["docs"] < 0.5 * final["first_validation"]["docs"]
     for path in (undisturbed / "curves.png", undisturbed / "phase1" / "curves.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+    read = {name: checkpoint.load(undisturbed / name).metadata["corpora"] for name in (*STAGES, *TUNING)}
+    assert read["phase1"] == read["phase2_16k"] == dict.fromkeys(("docs", "code", "reasoning"), "none")  # as prepared
+    assert read["phase3"] == dict.fromkeys(SOURCES, "none")
+    assert read["sft"] == {"tools": "not stated", "math": "not stated"} and read["dpo"] == {"right_or_wrong": "not stated"}
     thetas = [row["rope_theta"] for name in STAGES for row in rows(undisturbed / name).values()]
     assert thetas[:41] == [1e4] * 41 and thetas == sorted(thetas) and thetas[60:] == [5e5] * 20
     learning_rates = [row["lr"] for name in STAGES for row in rows(undisturbed / name).values()]

@@ -15,7 +15,7 @@ from nanollama_jax.infer.engine import Engine
 from nanollama_jax.tokenizer import Tokenizer
 from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
-from tests.export.test_hf import our_logits
+from tests.export.test_hf import our_logits, with_vocabulary
 
 LIMITS = {"f32": 1e-9, "f16": 1e-5, "bf16": 1e-4, "q8_0": 5e-3, "q4_k_m": 5e-2}  # of the mean KL divergence, nats a token
 
@@ -66,16 +66,6 @@ def test_llama_cpp_gives_sentencepiece_ids(which, loaded, files, tmp_path, reque
     assert len(texts) >= 3000
     wrong = [text for text in texts if theirs.tokenize(text) != tokenizer.encode(text)]
     assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:5]!r}"
-
-
-def with_vocabulary(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
-    """The model with embedding and head of the tokenizer's size, zeros in what is new."""
-    more = tokenizer.vocab_size - loaded.model.vocab_size
-    embedding = np.pad(loaded.params["embedding"]["kernel"], ((0, more), (0, 0)))
-    head = np.pad(loaded.params["head"]["kernel"], ((0, 0), (0, more)))
-    model = dataclasses.replace(loaded.model, vocab_size=tokenizer.vocab_size)
-    params = loaded.params | {"embedding": {"kernel": embedding}, "head": {"kernel": head}}
-    return checkpoint.Loaded(model, params, tokenizer, loaded.metadata, loaded.path)
 
 
 def test_stories260k(shared_data, tmp_path):

@@ -4,8 +4,8 @@ import io
 import runpy
 
 import pytest
-import rich.console
 
+from nanollama_jax.console import Console
 from nanollama_jax.data import tools
 from nanollama_jax.data.conversations import Message, ToolCall, parse_tools
 from nanollama_jax.errors import BadInput
@@ -35,17 +35,17 @@ def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):
     reply = runpy.run_path(str(ROOT / "tools" / "chat.py"))["reply"]
     wrong = ToolCall("get_price", {"item": "lamp", "city": "Atlantis"})
     calls = (wrong, ToolCall("get_weather", {"city": "Oslo", "date": "2026-08-02"}), ToolCall("get_price", {"item": "lamp", "city": "Oslo"}))
-    engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=calls), Message("assistant", "It is cheap.", "I see.")])
+    engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=calls), Message("assistant", "It is [b] cheap :x: \\", "I see.")])
     shown = io.StringIO()
     offered = parse_tools([tools.schema("get_price")])
-    messages = reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, rich.console.Console(file=shown, width=200))
+    messages = reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, Console(file=shown))
     assert tools.execute(calls[1].name, calls[1].arguments), "there is, but it was not offered"
     price = tools.execute("get_price", {"item": "lamp", "city": "Oslo"})["price"]
     results = [message.content for message in messages if message.role == "tool"]
     assert "Atlantis is unknown" in results[0] and "there is no tool 'get_weather'" in results[1] and results[2] == f'{{"price": {price}}}'
     assert all(result in engine.prompts[1] for result in results[2:]) and engine.prompts[0] in engine.prompts[1]
-    assert shown.getvalue().rstrip().endswith("thinks: I see.\n  says: It is cheap.")
+    assert shown.getvalue().rstrip().endswith("thinks: I see.\n  says: It is [b] cheap :x: \\")
     # One that only ever calls is stopped.
     engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=(wrong,))] * 9)
-    reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, rich.console.Console(file=shown, width=200))
+    reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, Console(file=shown))
     assert len(engine.replies) == 5 and "no answer after 4 messages that call" in shown.getvalue()

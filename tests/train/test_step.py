@@ -94,7 +94,7 @@ def test_real_state_is_where_its_shardings_say():
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_non_finite_gradient_skips_the_update_and_is_counted(accumulation):
+def test_a_non_finite_gradient_or_moment_skips_the_update_and_is_counted(accumulation):
     mesh = sharding.make_mesh(1, 2)
     with sharding.use_mesh(mesh):
         state, run, *_ = compile_step(mesh, accumulation)
@@ -109,6 +109,15 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted(accumulation):
         jax.tree.map(np.testing.assert_array_equal, (before.params, before.opt_state), (after.params, after.opt_state))
         state, metrics = run(state, sharding.put_batch(random_batch(2), mesh))
         assert int(metrics["update_skipped"]) == 0 and np.isfinite(metrics["loss"]) and int(state.skipped) == 1
+        clipping, adam, decay = state.opt_state
+        kernel = np.asarray(state.params["head"]["kernel"])
+        for moment, bad in (("mu", np.nan), ("nu", np.nan), ("nu", np.inf)):  # loss and gradient are finite then
+            tree = getattr(adam, moment)
+            spoiled = tree | {"head": {"kernel": tree["head"]["kernel"].at[3, 5].set(bad)}}
+            given = jax.tree.map(jnp.copy, state.replace(opt_state=(clipping, adam._replace(**{moment: spoiled}), decay)))
+            after, metrics = run(given, sharding.put_batch(random_batch(3), mesh))
+            assert int(metrics["update_skipped"]) == 1 and np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+            np.testing.assert_array_equal(after.params["head"]["kernel"], kernel)
 
 
 def test_update_is_adamw_of_optax_with_our_mask_and_clip():
