@@ -226,7 +226,8 @@ class Links:
         """Ends this process, and before it, if it is process 0, the others."""
         if self._ending.acquire(blocking=False):
             self._end_others(text, code)
-            print(f"error: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a closed terminal must not keep it alive
+                print(f"error: {text}", file=sys.stderr)
             _exit(code)
 
     def _end_others(self, text: str, code: int) -> None:
@@ -452,8 +453,9 @@ def _thread(target: Callable, *arguments: Any) -> threading.Thread:
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
