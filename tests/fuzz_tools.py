@@ -334,6 +334,7 @@ def recipe_flags(tool: str, root: pathlib.Path) -> list[str]:
     from tests.end_to_end.conftest import Lab
 
     made = Lab(root).flags("phase1", pathlib.Path("x"), "--config.end_step=2", "--config.validation.every=2")
+    made[1] = f"{ROOT}/{made[1]}"
     return made[:2] + [flag for flag in made[4:] if tool != "prepare_data" or ".corpora." not in flag]
 
 
@@ -422,7 +423,7 @@ def started(case: Case, root: pathlib.Path, folder: pathlib.Path, more: list[str
     return Call.of(script, [*(more[2:] if named else more), *changed], folder, limit)
 
 
-def outcomes(tools: list[str], sample: int, seed: int, jobs: int, limit: float, lab: str | None) -> Iterator[tuple[Case, Outcome]]:
+def outcomes(tools: list[str], sample: int | None, seed: int, jobs: int, limit: float, lab: str | None) -> Iterator[tuple[Case, Outcome]]:
     """Each case with its outcome, as they end."""
     for module in PRELOADED:
         __import__(module)
@@ -452,8 +453,8 @@ def outcomes(tools: list[str], sample: int, seed: int, jobs: int, limit: float, 
             asked = calls / tool
             asked.mkdir()
             names = flags_of("main.py" if tool == "main" else f"tools/{tool}.py", asked)
-            all_cases = list(dict.fromkeys(cases(tool, CALLS.get(tool) or OF_RECIPES[tool], names)))
-            chosen += rng.sample(all_cases, min(sample, len(all_cases))) if sample else all_cases
+            valid, *odd = dict.fromkeys(cases(tool, (CALLS | OF_RECIPES)[tool], names))
+            chosen += [valid, *(odd if sample is None else rng.sample(odd, min(sample, len(odd))))]
         rng.shuffle(chosen)  # failures of every tool come early
         more = {tool: recipe_flags(tool, root) if tool in OF_RECIPES else [] for tool in tools}
         waiting, running = list(enumerate(chosen)), {}
@@ -473,7 +474,7 @@ def outcomes(tools: list[str], sample: int, seed: int, jobs: int, limit: float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", default=",".join((*CALLS, *OF_RECIPES)), metavar="NAME,NAME")
-    parser.add_argument("--sample", type=int, default=0, help="cases of each tool; 0: all")
+    parser.add_argument("--sample", type=int, help="cases of each tool, beside a valid call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="calls at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a call")
@@ -491,6 +492,8 @@ def main() -> None:
             arguments.lab,
         ):
             fault = outcome.fault(case.tool)
+            if outcome.status and case == Case(case.tool, tuple((CALLS | OF_RECIPES)[case.tool][0])):
+                fault = "a valid call fails"
             table[case.tool][fault or ("ok" if outcome.status == 0 else "refused")] += 1
             if fault:
                 failures.append(f"{fault}: {case}\n    {(outcome.err or outcome.out)[-600:].strip()}")
