@@ -288,7 +288,7 @@ def damaged(path: pathlib.Path, seed: int) -> None:
     """Does one thing to a file, or to a file in a folder."""
     rng = random.Random(seed)
     if path.is_dir():
-        path = rng.choice(sorted(one for one in path.glob("**/*") if one.is_file()))
+        path = rng.choice(sorted(one for one in path.glob("**/*") if one.is_file() and one.stat().st_size))
     content = path.read_bytes()
     kind = seed % 8 if path.suffix in (".json", ".jsonl", "") else seed % 5
     if kind == 0:
@@ -429,7 +429,7 @@ def outcomes(tools: list[str], sample: int | None, seed: int, jobs: int, limit: 
     """Each case with its outcome, as they end."""
     for module in PRELOADED:
         __import__(module)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         root, own, calls = (pathlib.Path(directory) / name for name in ("fixtures", "own", "calls"))
         for folder in (root, own, calls):
             folder.mkdir()
