@@ -245,7 +245,7 @@ def flags_of(script: str, folder: pathlib.Path) -> list[str]:
         answer(action.option_strings[-1] for action in parser._actions if action.option_strings and action.dest != "help")
 
     def of_absl(main, flags_parser):
-        answer(f"--{flag.name}" for module, own in flags.FLAGS.flags_by_module_dict().items() if not module.startswith("absl") for flag in own)
+        answer(f"--{flag.name}" for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]])
 
     def instead() -> None:
         argparse.ArgumentParser.parse_args = of_argparse
