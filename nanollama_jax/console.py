@@ -50,7 +50,8 @@ class Console(rich.console.Console):
         return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, style: str | None = None, end: str = "\n", **options: Any) -> None:
-        """Strings go out as they are, control characters escaped on a terminal; rich would wrap them and expand tabs."""
+        """Strings go out as they are, control characters escaped on a terminal, whatever `options` say; rich would wrap
+        them and expand tabs."""
         if all(isinstance(item, str) for item in objects):
             text = " ".join(objects)
             line = [

@@ -56,7 +56,7 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         if error.strerror is None:  # not from the operating system
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({' '.join(str(error.filename).split())})" if error.filename else ""
         error_console.print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from nanollama_jax.console import Console, Table, printable, track
-from nanollama_jax.errors import one_line_errors
+from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.infer.engine import Completion
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.train import metrics
@@ -151,6 +151,15 @@ def test_a_command_line_that_is_not_utf8_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tool", "--prompt", "café 日本 \U0001f600"])
     with one_line_errors():
         pass
+
+
+def test_the_name_of_a_file_is_one_line(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        open("absent\nfile")  # noqa: SIM115
+    assert capsys.readouterr().err.startswith("error: No such file or directory (absent file): ")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise BadInput("a\n b \\ [x]\n")
+    assert capsys.readouterr().err == "error: a b \\ [x]\n"
 
 
 def test_the_log_shows_text_as_it_is(tmp_path, capsys):

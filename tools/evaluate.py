@@ -56,6 +56,8 @@ def main() -> None:
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
         if not 1 <= arguments.questions <= MAX_QUESTIONS:
             raise BadInput(f"--questions={arguments.questions}: ask at least one, and at most {MAX_QUESTIONS:,}")
+        if arguments.show < 0:
+            raise BadInput(f"--show={arguments.show} must be at least 0")
         if "perplexity" in tasks and not arguments.text:
             raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
         for url in arguments.text:
