@@ -333,8 +333,9 @@ def load(path: str | os.PathLike) -> Loaded:
 def _check_shapes(model: dict[str, Any], params: Any) -> None:
     """Raises ValueError if the model that the metadata describes has other parameters than these (ShapeDtypeStructs)."""
     module = Llama(ModelConfig(**model | dict(scan_layers="layers" in params, attention="xla", remat="none")))
-    ids = np.zeros((1, 8), np.int32)  # values, not shapes: inside a mesh an abstract input would need a sharding
-    described = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), ids, ids, ids, np.float32(1e4))["params"]))
+    ids = np.zeros((1, 8), np.int32)
+    # Unboxed inside: within a mesh this constrains the sharding, which a bare shape has not.
+    described = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), ids, ids, ids, np.float32(1e4))["params"]))
     described, stored = (
         {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (described, params)
     )
