@@ -333,9 +333,9 @@ def load(path: str | os.PathLike) -> Loaded:
 def _check_shapes(model: dict[str, Any], params: Any) -> None:
     """Raises ValueError if the model that the metadata describes has other parameters than these (ShapeDtypeStructs)."""
     module = Llama(ModelConfig(**model | dict(scan_layers="layers" in params, attention="xla", remat="none")))
-    ids, theta = jax.ShapeDtypeStruct((1, 2), np.int32), jax.ShapeDtypeStruct((), np.float32)
-    # Unboxed inside: outside, under a mesh, it would put sharding constraints on shapes
-    described = jax.eval_shape(lambda *of: nn.meta.unbox(module.init(*of)), jax.random.key(0), ids, ids, ids, theta)["params"]
+    ids = np.zeros((1, 8), np.int32)
+    # Unboxed inside: within a mesh this constrains the sharding, which a bare shape has not.
+    described = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), ids, ids, ids, np.float32(1e4))["params"]))
     described, stored = (
         {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (described, params)
     )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanollama_jax import checkpoint
+from nanollama_jax import checkpoint, sharding
 from nanollama_jax.data.prepare import train_tokenizer_for
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import Llama, ModelConfig
@@ -132,6 +132,12 @@ def test_metadata_that_disagrees_with_the_arrays(workdir, changes):
     as_earlier_versions_wrote(workdir / "checkpoints/step_20", **changes)
     with pytest.raises(BadInput, match="metadata describes another model than state holds"):
         checkpoint.load(workdir)
+
+
+def test_a_checkpoint_is_opened_inside_a_mesh(pristine):
+    """As where fine-tuning starts from it."""
+    with sharding.use_mesh(sharding.make_mesh(1, 2)):
+        assert checkpoint.load(pristine).metadata["step"] == 0
 
 
 def test_a_tokenizer_that_is_not_the_models(workdir):

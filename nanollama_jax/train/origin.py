@@ -130,7 +130,7 @@ def kept_windows(workdir: pathlib.Path) -> dict[str, int] | None:
     found = checkpoint.find(workdir)
     metadata = checkpoint.read_metadata(*found) if found else {}
     config = metadata.get("config")
-    if not config or config["task"] != "pretrain":
+    if not config or config.get("task", "pretrain") != "pretrain":
         return None
     rows = (config["end_step"] - config["start_step"]) * config["batch_size"]
     # Earlier versions recorded no windows: theirs are those of the length in their config.
