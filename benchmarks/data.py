@@ -82,7 +82,7 @@ def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 
     import grain
     import numpy as np
 
-    from nanollama_jax.data.shards import ShardWriter
+    from nanollama_jax.data.shards import ShardWriter, verify_shards
     from nanollama_jax.files import write_json
 
     tokenizer = random_model("nano").tokenizer
@@ -98,7 +98,9 @@ def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 
             os.link(root / names[0], root / name)
         split = {"documents": documents * shards, "tokens": documents * shards * length, "shards": [first | {"file": name} for name in names]}
         empty = {"documents": 0, "tokens": 0, "shards": []}
-        write_json(root / "manifest.json", {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint16", "splits": {"train": split, "validation": empty}})
+        manifest = {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint16", "splits": {"train": split, "validation": empty}}
+        verify_shards(root, manifest, just_written=True)
+        write_json(root / "manifest.json", manifest)
         print(f"\n{shards:,} shards, {split['documents']:,} documents, {split['tokens']:,} tokens")
         context, state = multiprocessing.get_context("spawn"), None
         for what in ("opened", "resumed in the middle of a window, at a random document"):

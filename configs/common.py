@@ -31,7 +31,7 @@ def check_scale(scale: str) -> None:
 
 
 def base(scale: str) -> ConfigDict:
-    """What all phases share: the defaults of nanollama_jax/config.py, and what a scale sets in their place."""
+    """What all phases share: the defaults of nanollama_jax/config.py, and what a scale sets instead."""
     check_scale(scale)
     nano = scale == "nano"
     config = defaults()
@@ -56,12 +56,13 @@ def base(scale: str) -> ConfigDict:
         )
     if nano:
         config.model.remat = "none"
-        config.model.scan_layers = False  # unrolled compiles slower and runs faster: worth it for 4 layers, not for 22
+        config.model.scan_layers = False  # compiles slower, runs faster: worth it for 4 layers, not for 22
         config.loss.chunk_tokens = 1024
         config.optimizer.peak_lr = 2e-3
         config.schedule.warmup_steps = 50  # with 20 the gradient norm jumps to 70
-        config.tokenizer.update(dict(path="data/nano/tokenizer.model", training_bytes=8_000_000, sources=NANO_CORPORA))
-        config.data.update(dict(dir="data/nano", prepare_tasks=8, validation_fraction=0.02, tuning_validation_fraction=0.05))
+        config.tokenizer.path, config.data.dir = "data/nano/tokenizer.model", "data/nano"
+        config.tokenizer.update(dict(training_bytes=8_000_000, sources=NANO_CORPORA))
+        config.data.update(dict(prepare_tasks=8, validation_fraction=0.02, tuning_validation_fraction=0.05))
         config.data.benchmarks = ConfigDict(dict.fromkeys(BENCHMARKS, ""))  # nano needs no network
         config.validation.update(dict(every=100, tokens=16_384))
         config.checkpoint.update(dict(every=100, keep_every=0))

@@ -53,7 +53,10 @@ class Console(rich.console.Console):
         """Strings go out as they are, control characters escaped on a terminal; rich would wrap them and expand tabs."""
         if all(isinstance(item, str) for item in objects):
             text = " ".join(objects)
-            line = [Segment(printable(text) if self.is_terminal else text, self.get_style(style or "none")), Segment(end)]
+            line = [
+                Segment(printable(text) if self.is_terminal else text, self.get_style(style or "none")),
+                Segment(end),
+            ]
             super().print(Segments(line), crop=False)
         else:
             crop = options.pop("crop", not isinstance(objects[0], rich.table.Table))
@@ -84,9 +87,19 @@ class Table(rich.table.Table):
 
 
 def track(
-    items: Iterable[Item], description: str, total: float | None = None, *, on: rich.console.Console = error_console, transient: bool = False
+    items: Iterable[Item],
+    description: str,
+    total: float | None = None,
+    *,
+    on: rich.console.Console = error_console,
+    transient: bool = False,
 ) -> Iterator[Item]:
     """`items`, with a progress bar on a terminal."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Progress(*columns, console=on, transient=transient, disable=not on.is_terminal) as progress:
         yield from progress.track(items, total, description=printable(description))

@@ -1,10 +1,10 @@
 """Several processes as one run: they meet, agree on what they run, and end together.
 
-jax by itself trains on when processes were started differently, and aborts with a C++ stack trace
-about 100 s after a peer has died. So every process keeps a TCP connection to process 0 besides those
-of jax. The kernel closes it when a process dies, however it dies; before that it carries what must
-agree and the line that a process stopped with. jax's own coordination runs through the same port: a
-process that lost process 0 would otherwise be aborted before it could say so.
+jax alone trains on when the processes were started differently, and aborts with a C++ stack trace
+about 100 s after one has died. So each process keeps a TCP connection of its own to process 0. The
+kernel closes it when a process dies, however it dies; before that it carries what must agree, and
+the line that a process stopped with. jax's coordination is relayed through the same port, because
+jax aborts a process that loses process 0 before that process can say so.
 """
 
 import contextlib
@@ -45,8 +45,12 @@ _links: "Links | None" = None  # of this process, if it is one of several
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
-    """Inside, this is process `process_id` of `num_processes`, as jax sees it too; of one if all are None.
+def joined(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> Iterator[None]:
+    """Inside, this is one of `num_processes`, to jax too; the only one if all arguments are None.
 
     `coordinator` is HOST:PORT of process 0, or `auto` in a Slurm or Open MPI job. An exception that
     leaves the block ends the other processes as well, each with a line that tells of it. Raises
@@ -70,23 +74,28 @@ def joined(coordinator: str | None, num_processes: int | None, process_id: int |
         import jax
 
         jax.distributed.shutdown()
+        _links = None
     except BaseException as error:
         _links.tell(error)
         raise
 
 
 def check_agreement(facts: dict[str, Any], limit_s: float = float("inf")) -> None:
-    """Waits for all processes and raises BadInput, on each, unless `facts` (JSON) are the same on all."""
+    """Waits for all processes; process 0 raises BadInput unless `facts` are the same on all.
+
+    Comes before any computation across processes whose shapes depend on the facts.
+    """
     if _links is None:
         return
     facts = flat(facts)
     if _links.process_id:
         _links.send({"facts": facts})
-        _links.receive("the other processes", limit_s)
+        _links.receive(f"all {_links.count} processes", limit_s)
         return
     found = {}
     while missing := sorted(set(range(1, _links.count)) - found.keys()):
-        process, message = _links.receive(f"process {', '.join(map(str, missing))}", limit_s)
+        awaited = f"process {', '.join(map(str, missing))} of {_links.count}"
+        process, message = _links.receive(awaited, limit_s)
         found[process] = message["facts"]
     for process, theirs in sorted(found.items()):
         if text := difference(facts, theirs, process):
@@ -99,12 +108,12 @@ def difference(ours: dict[str, str], theirs: dict[str, str], process: int) -> st
     names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if not names:
         return ""
-    first = names[0]
-    more = f"; {', '.join(names[1:4])} differ{'s' if len(names) == 2 else ''} too" * (len(names) > 1)
+    first, *others = names
+    here, there = (str(facts.get(first, "absent"))[:80] for facts in (ours, theirs))
+    more = f" ({', '.join(others[:3])}{', ...' * (len(others) > 3)} too)" if others else ""
     return (
-        f"the processes disagree: {first} is {ours.get(first, 'absent')} on process 0 and "
-        f"{theirs.get(first, 'absent')} on process {process}{more}: start all with the same command, "
-        "code and data"
+        f"the processes disagree: {first} is {here} on process 0 and {there} on process {process}"
+        f"{more}: start all with the same command, code and data"
     )
 
 
@@ -120,7 +129,7 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def leave(error: BaseException) -> None:
-    """Ends one of several processes at once, if it failed: an orderly exit would wait for the others in jax."""
+    """Ends one of several processes that failed: in an orderly exit jax waits for the others."""
     if _links is None or (isinstance(error, SystemExit) and not error.code):
         return
     if not isinstance(error, SystemExit):
@@ -131,8 +140,8 @@ def leave(error: BaseException) -> None:
 class Links:
     """The connections of this process: process 0's to all others, another's to process 0.
 
-    Messages are JSON objects, one a line. A thread for each connection takes them. It ends the process
-    when the other is gone or says that it stopped, and leaves everything else to `receive`.
+    Messages are JSON objects, one a line. A thread for each connection takes them: it ends this
+    process when the other is gone or says that it stopped, and leaves the rest to `receive`.
     """
 
     def __init__(self, host: str, port: int, count: int, process_id: int):
@@ -152,9 +161,8 @@ class Links:
         try:
             server = socket.create_server(("", self.port), family=family, dualstack_ipv6=dual)
         except OSError as error:
-            raise BadInput(
-                f"process 0 cannot open port {self.port} here ({error.strerror}): choose another port in --coordinator, the same on every process"
-            ) from None
+            reason = f"process 0 cannot open port {self.port} here ({error.strerror})"
+            raise BadInput(f"{reason}: choose another port in --coordinator") from None
         _thread(_accept, server, self._meet)
 
     def connect(self) -> None:
@@ -187,7 +195,7 @@ class Links:
                     connection.sendall(_line(message))
 
     def receive(self, awaited: str, limit_s: float) -> tuple[int, dict[str, Any]]:
-        """The next message and whose it is; raises BadInput if `awaited` say nothing for `limit_s`."""
+        """The next message, and whose it is; raises BadInput if none comes in `limit_s`."""
         waiting = _Waiting(limit_s)
         while True:
             with contextlib.suppress(queue.Empty):
@@ -195,22 +203,21 @@ class Links:
                 if "refused" in message:
                     raise BadInput(message["refused"])
                 if "finished" in message:
-                    raise BadInput(
-                        f"process {process} has nothing left to do and process {self.process_id} has: "
-                        "give all the same --workdir, in a directory that all hosts share"
-                    )
+                    idle = f"process {process} has nothing left to do, unlike this one"
+                    raise BadInput(f"{idle}: give all one --workdir, on a shared file system")
                 return process, message
-            waiting.check(f"{awaited} of {self.count} at {self.host}:{self.port}")
+            waiting.check(f"{awaited} at {self.host}:{self.port}")
 
     def tell(self, error: BaseException) -> None:
-        """Ends the others because of an error here; does not return if they are ending this process."""
-        of_user = isinstance(error, BadInput | RunStopped | KeyboardInterrupt)
-        if not of_user:
-            time.sleep(3)  # a collective fails when a peer dies: the thread that lost it says so better
+        """Ends the others because of `error`; never returns if they are ending this process."""
+        expected = isinstance(error, BadInput | RunStopped | KeyboardInterrupt)
+        if not expected:
+            # A collective fails when a peer dies; the thread that lost it has the better line
+            time.sleep(3)
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()
         text = " ".join(str(error).split()) or type(error).__name__
-        if not of_user and not isinstance(error, OSError):
+        if not expected and not isinstance(error, OSError):
             text = f"{type(error).__name__}: {text[:300]} (its output has the traceback)"
         code = {BadInput: 2, RunStopped: 3}.get(type(error), 1)
         self._end_others(f"process {self.process_id} of {self.count} stopped: {text}", code)
@@ -224,7 +231,7 @@ class Links:
 
     def _end_others(self, text: str, code: int) -> None:
         self.send({"stopped": text, "code": code})
-        for connection in self._sockets.values():
+        for connection in list(self._sockets.values()):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 2
@@ -250,10 +257,10 @@ class Links:
             complete = len(self._sockets) == self.count - 1
             refused = ""
             if count != self.count:
-                refused = f"process {process} has --num_processes={count} and process 0 {self.count}"
+                refused = f"--num_processes={count} on process {process}, {self.count} on process 0"
             elif process in self._sockets:
                 refused = f"two processes have --process_id={process}"
-            if not refused:
+            else:
                 connection.sendall(_line(WELCOME))
                 self._add(process, connection)
                 return
@@ -269,7 +276,7 @@ class Links:
         self._threads.append(_thread(self._take, process, connection))
 
     def _take(self, process: int, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # killed in the middle of a line
             for line in connection.makefile("rb"):
                 message = json.loads(line)
                 if "stopped" in message:
@@ -279,16 +286,13 @@ class Links:
                     self._finished.add(process)
                 self._inbox.put((process, message))
         if process not in self._finished:
-            self._end(
-                f"process {process} of {self.count} is gone (killed, crashed, or its host cannot be "
-                "reached): saved checkpoints are intact; rerun the same command on every process to "
-                "resume",
-                1,
-            )
+            gone = f"process {process} of {self.count} is gone (killed, crashed or cut off)"
+            resume = "saved checkpoints are intact; rerun the same command on all to resume"
+            self._end(f"{gone}: {resume}", 1)
 
 
 class _Waiting:
-    """Says now and then what is waited for, and for how long."""
+    """Says now and then what this process waits for; raises BadInput when that takes too long."""
 
     def __init__(self, limit_s: float):
         self._limit_s, self._started, self._say_at_s = limit_s, time.monotonic(), 5.0
@@ -305,11 +309,15 @@ class _Waiting:
             self._say_at_s = waited_s + 30
 
 
-def _place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> tuple[str, int, int, int] | None:
-    """Host and port of process 0, the number of processes, and which one this is; None for a single one."""
+def _place(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> tuple[str, int, int, int] | None:
+    """Host and port of process 0, how many processes, which one this is; None for a single one."""
     if coordinator == "auto":
-        if num_processes is not None or process_id is not None:
-            raise BadInput("--coordinator=auto finds --num_processes and --process_id itself: leave them out")
+        if (num_processes, process_id) != (None, None):
+            raise BadInput("--coordinator=auto goes without --num_processes and --process_id")
         coordinator, num_processes, process_id = _of_cluster()
     flags = {
         "--coordinator=HOST:PORT": coordinator,
@@ -320,11 +328,13 @@ def _place(coordinator: str | None, num_processes: int | None, process_id: int |
     if len(missing) == len(flags):
         return None
     if missing:
-        raise BadInput(f"{' and '.join(missing)} missing: {', '.join(flags)} go together (or --coordinator=auto alone)")
+        together = f"{', '.join(flags)} go together (or --coordinator=auto alone)"
+        raise BadInput(f"without {' and '.join(missing)}: {together}")
     if num_processes < 1:
         raise BadInput(f"--num_processes={num_processes}: at least 1")
     if not 0 <= process_id < num_processes:
-        raise BadInput(f"--process_id={process_id}: with --num_processes={num_processes} ids go from 0 to {num_processes - 1}")
+        ids = f"of {num_processes} processes the last one is {num_processes - 1}"
+        raise BadInput(f"--process_id={process_id}: the first process is 0, and {ids}")
     host, _, port = coordinator.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")  # IPv6
     if not host or not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
@@ -345,8 +355,8 @@ def _of_cluster() -> tuple[str, int, int]:
     found = ClusterEnv.auto_detect_unset_distributed_params(address, *[None] * 4, CONNECT_S)[:3]
     if None in found:
         raise BadInput(
-            "--coordinator=auto: this is no job of Slurm or Open MPI: start it with srun or mpirun, or give "
-            "--coordinator=HOST:PORT, --num_processes and --process_id"
+            "--coordinator=auto: this is not a Slurm or Open MPI job: use srun or mpirun, or "
+            "give --coordinator=HOST:PORT, --num_processes and --process_id"
         )
     return found
 
@@ -360,8 +370,9 @@ def _start_jax(links: Links) -> None:
         server = socket.create_server(("127.0.0.1", 0))
         port = server.getsockname()[1]
         _thread(_accept, server, lambda connection: _relay_to_process_0(connection, links))
+    # gRPC would ask a proxy of the environment for the loopback address, and hang; jax warns of it
     os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
-    jax.config.update("jax_check_proxy_envs", False)  # not used, whatever the environment says
+    jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(
             f"127.0.0.1:{port}",
@@ -396,7 +407,7 @@ def _relay_to_process_0(near: socket.socket, links: Links) -> None:
 
 
 def _relay(near: socket.socket, far: socket.socket, hold: bool) -> None:
-    """Passes bytes both ways. `hold`: `near` stays open when `far` ends, for its jax would abort."""
+    """Passes bytes both ways. `hold`: `near` stays open when `far` ends: its jax would abort."""
     _thread(_pump, near, far, True)
     _pump(far, near, not hold)
 
@@ -411,7 +422,7 @@ def _pump(source: socket.socket, sink: socket.socket, pass_end: bool) -> None:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """The kernel closes the connection after a minute without an answer: the host is down or cut off."""
+    """Lets the kernel close the connection when the other host has not answered for a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
@@ -447,10 +458,11 @@ def _exit(code: int) -> NoReturn:
 
 
 def _installed() -> dict[str, Any]:
-    """Code, versions and compiler flags: other ones compile other programs, and a collective then hangs."""
+    """Code, versions and compiler flags: others compile other programs, and collectives hang."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_dump" not in flag]
-    return {
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "XLA_FLAGS": " ".join(sorted(flags)),
-        "code": {str(path.relative_to(PACKAGE.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in PACKAGE.rglob("*.py")},
-    }
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions["python"] = platform.python_version()
+    code = {}
+    for path in PACKAGE.rglob("*.py"):
+        code[str(path.relative_to(PACKAGE.parent))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"versions": versions, "XLA_FLAGS": " ".join(sorted(flags)), "code": code}

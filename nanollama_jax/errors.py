@@ -9,7 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -30,6 +30,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
+        for word in sys.argv[1:]:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make a list of it
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")
@@ -79,24 +85,26 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
                 check(config.value)  # a recipe that does not load says so only when it is looked at
                 return rest
             except SyntaxError as error:
-                raise BadInput(f"command line: {error.filename}:{error.lineno} is not Python, so not a recipe: {error.msg}") from None
+                where = f"{error.filename}:{error.lineno}"
+                raise BadInput(f"command line: {where} is not Python, so not a recipe: {error.msg}") from None
             except (AttributeError, KeyError) as error:
                 raise BadInput(f"command line: {_no_such_name(error, argv)}") from None
-            except (flags.Error, TypeError, ValueError, OSError) as error:
+            except (flags.Error, ImportError, NameError, TypeError, ValueError, OSError) as error:
                 raise BadInput(f"command line: {error}") from None
 
     return parse
 
 
 def _no_such_name(error: AttributeError | KeyError, argv: list[str]) -> str:
-    """The override in `argv` that ml_collections found no setting for, or, where none is to blame, why the recipe does not load."""
+    """The override in `argv` that there is no setting for; where none is to blame, why the recipe does not load."""
     from nanollama_jax.config import did_you_mean
 
     said = str(error.args[0])
-    overrides = [argument.removeprefix("--config.").partition("=")[0] for argument in argv if argument.startswith("--config.")]
-    quoted = re.findall(r"[\w.+-]+", said)[:1]  # its message begins with the name
-    for name in overrides:
-        if set(quoted) & set(name.split(".")):
-            near = re.search(r'Did you mean "(.+?)"', said)
-            return f"there is no such name in this config: {name}{did_you_mean(name) or (f'; did you mean {near[1]}?' if near else '')}"
+    named = re.findall(r"[\w.+-]+", said)[:1]  # ml_collections begins with the name
+    near = re.search(r'Did you mean "(.+?)"', said)
+    for argument in argv:
+        name = argument.partition("=")[0].removeprefix("--config.")
+        if name != argument and set(named) & set(name.split(".")):
+            hint = did_you_mean(name) or (f"; did you mean {near[1]}?" if near else "")
+            return f"there is no such name in this config: {name}{hint}"
     return f"the recipe does not load: {said}"

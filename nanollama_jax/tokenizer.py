@@ -23,11 +23,11 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+MOST_PIECES = 2**24  # a hundred times the largest vocabulary there is
 # What fine-tuning adds to a vocabulary, in this order, and unused pieces up to a multiple of 8 (32,000 -> 32,008).
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's
 THOUGHT_START, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
 TOOL_CALL, TOOL_RESPONSE = "<|tool_call|>", "<|tool_response|>"
-MOST_PIECES = 2**24  # as many as export/hf.py imports
 CHAT_TOKENS = (TURN_START, TURN_END, THOUGHT_START, THOUGHT_END, TOOL_CALL, TOOL_RESPONSE)
 
 # The trainer drops sentences over max_sentence_length bytes and trims newlines at their end, so documents are cut into
@@ -40,6 +40,7 @@ _SPACE = "\u2581"  # as SentencePiece writes a space
 _PART_CHARACTERS = 4000
 _CUT = re.compile(f"(?<=[^ {_SPACE}]) (?=.)", re.DOTALL)
 _STRETCH_CHARACTERS = 4000
+_RESERVED = "\u2585"  # ▅: the trainer skips a whole sentence that has it; encoding takes it as any character
 _LINE_START, _NOT_JOINED = re.compile(r"\n(?=\S)"), "\ue000"
 _STRETCH = re.compile(rf"(?s).{{1,{_STRETCH_CHARACTERS}}}(?=[ \n]|\Z)|.{{1,{_STRETCH_CHARACTERS}}}")
 
@@ -64,7 +65,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
                     read_bytes += len(match.group().encode())
                     if read_bytes > max_bytes:
                         return
-                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group())
+                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group()).replace(_RESERVED, _NOT_JOINED)
         except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
             failure = error
 
@@ -91,7 +92,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
             num_threads=8,  # a constant: it is stored in the model file, whose hash must not depend on the machine
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a vocab_size beyond 31 bits
         if failure is None:
             raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
     if failure is not None:
@@ -101,7 +102,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
 
 
 def _why_training_failed(message: str, vocab_size: int, text_bytes: int) -> str:
-    if "smaller than required_chars" in message:
+    if "smaller than required_chars" in message or "insert_id" in message:
         return f"a vocabulary of {vocab_size} pieces has no room for the 256 bytes and the text's characters: raise vocab_size"
     if found := re.search(r"value <= (\d+)", message):
         return f"{text_bytes:,} bytes of text give at most {found[1]} pieces, not {vocab_size}: lower vocab_size or train on more text"

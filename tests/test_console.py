@@ -18,7 +18,20 @@ from nanollama_jax.train import metrics
 from tests.conftest import ROOT
 from tools import generate
 
-AWKWARD = ["[bold]x[/bold]", "[/b]", ":x: :smile:", "C:\\dir\\", "\\\\", "\\[red]", "a\tb", "  spaces  ", "x " * 200, "日本 né", "\n\n", ""]
+AWKWARD = [
+    "[bold]x[/bold]",
+    "[/b]",
+    ":x: :smile:",
+    "C:\\dir\\",
+    "\\\\",
+    "\\[red]",
+    "a\tb",
+    "  spaces  ",
+    "x " * 200,
+    "日本 né",
+    "\n\n",
+    "",
+]
 
 
 def console(**options) -> Console:
@@ -55,7 +68,15 @@ def test_a_table_is_as_wide_as_its_content_where_there_is_no_terminal():
     to = console()
     to.print(table())
     shown = to.file.getvalue()
-    for cell in ("right_or_wrong", "contaminated", "12,345,678", "a b" * 30, "/very/long/path/[2024]/" + "x" * 100, "\\x1b[2J1,234", "[t] :x:"):
+    for cell in (
+        "right_or_wrong",
+        "contaminated",
+        "12,345,678",
+        "a b" * 30,
+        "/very/long/path/[2024]/" + "x" * 100,
+        "\\x1b[2J1,234",
+        "[t] :x:",
+    ):
         assert cell in shown
     assert "\x1b" not in shown and "…" not in shown
 
@@ -108,7 +129,10 @@ print("\\u00e9")
 """
 
 
-@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize(
+    "env",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+)
 def test_a_terminal_that_is_not_utf8(env, tmp_path):
     run = dict(cwd=ROOT, env=os.environ | env, capture_output=True, check=False)
     done = subprocess.run([sys.executable, "-c", LOGS, str(tmp_path)], **run)

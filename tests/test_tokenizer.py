@@ -53,6 +53,15 @@ def test_u2581_decodes_to_a_space(ours):
     assert ours.decode(ours.encode("a\u2581b")) == "a b"
 
 
+@pytest.mark.parametrize("character", ["\u2585", "\u2586", "\t", "\0"])
+def test_text_around_a_character_that_sentencepiece_reserves_is_learned(tmp_path, character):
+    common, rare = "alpha beta gamma delta omega kappa " * 500, "zyxwv " * 30
+    tokenizer.train([common, *[f"{rare}{character}{rare}"] * 20], tmp_path / "t.model", vocab_size=300, max_bytes=10**6)
+    model = Tokenizer(tmp_path / "t.model")
+    assert len(model.encode("zyxwv")) == 1
+    assert model.decode(model.encode(f"a{character}b")) == f"a{character}b"
+
+
 def test_control_ids_come_only_when_asked(ours):
     plain = ours.encode("<s>hello</s><unk>")
     assert not {ours.bos_id, ours.eos_id, 0} & set(plain)

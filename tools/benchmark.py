@@ -31,7 +31,7 @@ from benchmarks.report import collect, has_gpu
 from configs.common import MODELS
 from configs.corpora import BENCHMARKS
 from nanollama_jax import settings
-from nanollama_jax.errors import ArgumentParser
+from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 
 ON_GPU = ("train", "torch", "breakdown", "kernels", "decode")
 ONLY_ON_GPU = ("torch", "breakdown", "kernels")
@@ -86,6 +86,11 @@ def main() -> None:
     gpu.add_argument("--json", metavar="FILE", help="the table as JSON, written again after each case")
     gpu.add_argument("--profile", metavar="DIR", help="train: a jax.profiler trace of a few steps of the first case, and no other case")
     arguments = parser.parse_args()
+    for name in ("rounds", "steps", "seq_len"):
+        if (count := getattr(arguments, name)) is not None and count < 1:
+            raise BadInput(f"--{name}={count} must be at least 1")
+    if unnamed := [one for one in arguments.benchmark if "=" not in one]:
+        raise BadInput(f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl")
     settings.apply()  # before jax; the processes of the cases inherit it
     gpu_here = arguments.what in ON_GPU and has_gpu()
     if arguments.what in ONLY_ON_GPU and not gpu_here:
@@ -111,4 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -47,7 +47,9 @@ def main() -> None:
 
 def kind_of_mistake(where: str, mistake: str) -> str:
     """The words of a mistake without what differs from row to row: place, numbers and what is quoted from the data."""
-    return re.sub(r"\[.*?\]|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![\w-])\d+", "...", mistake.removeprefix(f"{where}: "))
+    number = r"(?<![\w-])-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+    quoted = r"\[.*?\]|(?<!\w)'[^']*'|\"[^\"]*\""
+    return re.sub(f"{quoted}|{number}", "...", mistake.removeprefix(f"{where}: "))
 
 
 def show(sources: list[collections.defaultdict[str, collections.Counter[str]]], reasons: collections.Counter[str]) -> None:

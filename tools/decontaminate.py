@@ -52,7 +52,8 @@ def main() -> None:
     for name, counts in report["benchmarks"].items():
         table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
     console.print(table)
-    console.print(f"{report['documents']:,} documents, {report['bytes'] / 1e6:,.1f} MB; {index.too_short:,} questions are too short to look for")
+    megabytes, short = report["bytes"] / 1e6, index.too_short.total()
+    console.print(f"{report['documents']:,} documents, {megabytes:,.1f} MB; {short:,} questions are too short to search for")
 
 
 _started = _last = time.monotonic()

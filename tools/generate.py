@@ -134,7 +134,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 def read_text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows programs put a byte order mark in front
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8: {error.reason} at byte {error.start}: convert it") from error
 

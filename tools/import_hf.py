@@ -11,6 +11,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
+from nanollama_jax.config import check_workdir
 from nanollama_jax.console import console, error_console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
 from nanollama_jax.export import hf, llama2c
@@ -29,6 +30,7 @@ def main() -> None:
         parser.error("--llama2c and --tokenizer go together")
     with one_line_errors():
         output_path(arguments.workdir, "--workdir")
+        check_workdir(arguments.workdir)
         loaded = hf.read(arguments.folder) if arguments.folder else llama2c.read(arguments.llama2c, arguments.tokenizer)
         written = checkpoint.save_weights(loaded, arguments.workdir)
     for name, reason in loaded.tokenizer.not_exportable.items():

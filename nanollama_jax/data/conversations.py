@@ -7,20 +7,24 @@
     {"question": "...", "thought": "...", "answer": "..."}                        the thought can be left out
     {"query": "...", "response": "..."}                                           MetaMathQA's
 
-A row's `system` is its first message. Whatever is wrong with a row raises `BadInput` with its place and what to change, and so does a field
-that would change what is learned and is not read. A null in an object counts as absent, at any depth, as Parquet cannot tell one from the other;
-a string of JSON is taken as it is. Text that looks like a special token is data, and no mistake. A ShareGPT system message that lists <tools>
-loses the list and Hermes's own prompt, from "You are a function calling AI model" to the last </tool_call>: the chat template has its own way
-of calling.
+A row's `system` is its first message. Whatever is wrong with a row raises `BadInput` with its place
+and what to change, and so does a field that would change what is learned and is not read. Text that
+looks like a special token is data.
 
-Thoughts: `thought`, `reasoning_content`, `reasoning` or `thinking` beside the answer, or <think>...</think> at its beginning, of which the
-opening tag may be missing (DeepSeek-R1's template writes it). Such tags anywhere else, unclosed or repeated, make the row bad.
-
-Training control, per message: `train`, `training`, `trainable`, `weight`, `loss`, `loss_weight` and `loss_mask` say whether the assistant's message
-is learned (true or 1) or only context (false or 0). Other values, other keys of that kind, and such keys beside the messages (unless they say 1)
-make the row bad, as does a conversation of which nothing would be learned.
-
-Results with a `tool_call_id` are put in the order of their calls. Tools' parameters stand under `parameters`, `input_schema` or `inputSchema`.
+- Nulls in objects count as absent, at any depth, as Parquet cannot tell one from the other. A
+  string of JSON is read as it is.
+- Thoughts stand beside the answer as `thought`, `reasoning_content`, `reasoning` or `thinking`, or
+  at its beginning as <think>...</think>; the opening tag may be missing (DeepSeek-R1's template
+  writes it). Such tags anywhere else, or unclosed, repeated or nested, are refused.
+- `train`, `training`, `trainable`, `weight`, `loss`, `loss_weight` or `loss_mask` of a message say
+  whether it is learned (true, 1) or only context (false, 0). Other values and other keys of that
+  kind are refused, as are such keys of the whole row unless they are 1, and rows of which nothing
+  would be learned.
+- A tool's parameters stand under `parameters`, `input_schema` or `inputSchema`; results with a
+  `tool_call_id` are put in the order of their calls.
+- A ShareGPT system message that lists <tools> loses the list and Hermes's own prompt, from "You are
+  a function calling AI model" to the last </tool_call>: the chat template has its own way of
+  calling.
 """
 
 import ast
@@ -48,17 +52,31 @@ _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 _THINK_TAG = re.compile(r"</?think\s*>|<\|(?:begin|end)_of_thought\|>", re.IGNORECASE)
 # What other models write before a thought: no thought of ours, and not text to learn either.
-_THOUGHT_BEGUN = re.compile(r"\s*(?:<(?:thinking|thoughts?|reasoning|reflection|scratchpad)>|\[THINK\]|◁think▷|<\|channel\|>)", re.IGNORECASE)
+_THOUGHT_BEGUN = re.compile(
+    r"\s*(?:<(?:thinking|thoughts?|reasoning|reflection|scratchpad)>"
+    r"|\[THINK\]|◁think▷|<\|channel\|>)",
+    re.IGNORECASE,
+)
 _THOUGHTS = ("thought", "reasoning_content", "reasoning", "thinking")
 # What is not read, and what is read in its place
 _UNREAD_OF_ROW = {"functions": "`tools`", "thoughts": "`thought`", "rationale": "`thought`"}
-_UNREAD_OF_ANSWER = {"function_call": "`tool_calls`", "refusal": "`content`", "reasoning_details": "`thought`"}
+_UNREAD_OF_ANSWER = {
+    "function_call": "`tool_calls`",
+    "refusal": "`content`",
+    "reasoning_details": "`thought`",
+}
 _UNREAD_OF_OTHERS = dict.fromkeys(("tool_calls", *_THOUGHTS), "the assistant's")
 _TRAINED = ("train", "training", "trainable", "weight", "loss", "loss_weight", "loss_mask")
 _CONTROLS_MESSAGE = re.compile(r"train|loss|mask|weight", re.IGNORECASE)
-_CONTROLS_ROW = re.compile(r"(?:train|training|trainable|loss|mask|masked|(?:sample_)?weights?|(?:train|loss|mask)_.*)", re.IGNORECASE)
+_CONTROLS_ROW = re.compile(
+    r"(?:train|training|trainable|loss|mask|masked|(?:sample_)?weights?|(?:train|loss|mask)_.*)",
+    re.IGNORECASE,
+)
 _PARAMETERS = ("parameters", "input_schema", "inputSchema")
-_SCHEMA_KEYS = ("properties", "$ref", "allOf", "anyOf", "oneOf", "additionalProperties", "patternProperties")  # of an object's
+_SCHEMA_KEYS = {  # of an object's JSON schema
+    *("properties", "additionalProperties", "patternProperties"),
+    *("$ref", "allOf", "anyOf", "oneOf"),
+}
 _Row = TypeVar("_Row")
 Tools = tuple[dict[str, Any], ...]  # {"name", "description", "parameters": JSON schema}, no two of one name
 
@@ -75,7 +93,7 @@ class Message:
     content: str  # never blank, but for an assistant's that calls tools; a tool's is one result
     thought: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    # An assistant's: trained on, or context only. Messages that differ in nothing else are equal, as what is said is the same.
+    # An assistant's: trained on, or only context. Not compared: it changes nothing of what is said.
     learned: bool = dataclasses.field(default=True, compare=False, repr=False)
 
 
@@ -111,9 +129,9 @@ def parse_conversation(record: Any, where: str) -> Conversation:
         if "messages" in record or "conversations" in record:
             messages, tools = parse_messages(record.get("messages", record.get("conversations")), system, tools)
         elif "question" in record and "answer" in record:
-            messages = *system, _without_tags(Message("user", _text(record, "question"))), _assistant(record, "answer")
+            messages = *system, _asked(record, "question"), _assistant(record, "answer")
         elif "query" in record and "response" in record:
-            messages = *system, _without_tags(Message("user", _text(record, "query"))), _assistant(record, "response")
+            messages = *system, _asked(record, "query"), _assistant(record, "response")
         else:
             raise BadInput(f"unknown format, with keys {reprlib.repr(list(record))}: known are {FORMATS}")
         return Conversation(where, messages, tools)
@@ -127,10 +145,12 @@ def open_row(record: Any) -> tuple[dict[str, Any], tuple[Message, ...], Tools]:
         raise BadInput("it is nested too deeply: flatten it") from error
     _refuse(record, _UNREAD_OF_ROW)
     for key in filter(_CONTROLS_ROW.fullmatch, record):
-        if record[key] not in (True, 1):
-            raise BadInput(f"`{key}` is {reprlib.repr(record[key])} for the whole row, where every row counts 1: remove the row, or `{key}`")
+        if key not in (*_TRAINED, "sample_weight") or record[key] != 1:
+            problem = f"`{key}` is {reprlib.repr(record[key])} for the whole row"
+            raise BadInput(f"{problem}, where every row counts 1: remove the row, or `{key}`")
     system = _text(record, "system", required=False)
-    return record, (_without_tags(Message("system", system)),) if system else (), parse_tools(record.get("tools"))
+    messages = (_without_tags(Message("system", system)),) if system else ()
+    return record, messages, parse_tools(record.get("tools"))
 
 
 def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tuple[tuple[Message, ...], Tools]:
@@ -155,15 +175,17 @@ def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tup
             if role != "assistant":
                 _refuse(turn, _UNREAD_OF_OTHERS)
             learned = _learned(turn, role)
-            if "value" not in turn:
-                said = [_assistant(turn, "content", tools) if role == "assistant" else Message(role, _text(turn, "content"))]
+            if "value" not in turn and role == "assistant":
+                said = [_assistant(turn, "content", tools)]
+            elif "value" not in turn:
+                said = [Message(role, _text(turn, "content"))]
             elif role == "system" and (listed := _TOOLS.search(_text(turn, "value"))):
                 tools = tools or parse_tools(listed[1])
                 text = _HERMES_PROMPT.sub("", _TOOLS.sub("", turn["value"])).strip()
                 said = [Message(role, text)] if text else []
             else:
                 said = _read_sharegpt(turn, role, tools)
-            said = [dataclasses.replace(_without_tags(message), learned=learned) for message in said]
+            said = [dataclasses.replace(_without_tags(each), learned=learned) for each in said]
             if role == "tool":
                 results.append((turn.get("tool_call_id"), said))
             else:
@@ -175,7 +197,8 @@ def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tup
     if all(message.role != "assistant" for message in messages):
         raise BadInput("no message is the assistant's: there is nothing to learn, remove the row")
     if not any(message.learned for message in messages if message.role == "assistant"):
-        raise BadInput("all messages of the assistant say that they are not to be trained on: there is nothing to learn, remove the row")
+        nothing = "no message of the assistant is to be trained on"
+        raise BadInput(f"{nothing}: there is nothing to learn, remove the row")
     if role != "assistant":
         raise BadInput(f"the last message is of role {role}: end with the assistant's, or remove what follows it")
     if system and messages[1].role == "system":
@@ -184,9 +207,10 @@ def parse_messages(turns: Any, system: tuple[Message, ...], tools: Tools) -> tup
 
 
 def parse_tools(value: Any) -> Tools:
-    """Tools as OpenAI, Anthropic, MCP, BFCL or Hermes list them, also in a string of JSON, each as a function with `parameters`.
+    """Tools as OpenAI, Anthropic, MCP, BFCL or Hermes list them, also in a string of JSON.
 
-    Raises `BadInput` for a tool whose parameters are not a JSON schema under `parameters`, `input_schema` or `inputSchema`.
+    Returns the functions, with `parameters`. Raises `BadInput` for one without a name, two of one
+    name, or parameters that are not a JSON schema under one of the names in `_PARAMETERS`.
     """
     functions: dict[str, dict[str, Any]] = {}
     for number, tool in enumerate(_typed(_json([] if value in (None, "") else value, "`tools`"), list, "`tools`"), 1):
@@ -236,7 +260,7 @@ def present(value: Any, what: str) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` with no nulls in its objects: Parquet gives each object the keys of all others in its column, as nulls."""
+    """`value` with no nulls in its objects: Parquet fills each with the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -257,7 +281,7 @@ def _read_sharegpt(turn: dict[str, Any], role: str, tools: Tools) -> list[Messag
     if value and turn.get("from") == "function_call":
         value = f"<tool_call>{value}</tool_call>"
     if "</think>" in value[value.find("<tool_call>") :] and "<tool_call>" in value:
-        raise BadInput("a <tool_call> within a thought: it would be learned as a call, remove it or the row")
+        raise BadInput("a <tool_call> in a thought would be learned as a call: remove the row")
     calls, said = _TOOL_CALL.findall(value), _TOOL_CALL.sub("", value)
     if "<tool_call>" in said or "</tool_call>" in said:
         raise BadInput("a <tool_call> without its </tool_call>, or the other way round: close it")
@@ -276,35 +300,45 @@ def _check_id(given: Any, due: list[Any], results: list[tuple[Any, list[Message]
 
 
 def _in_order(results: list[tuple[Any, list[Message]]], due: list[Any]) -> list[Message]:
-    """The messages of `results` in the order of the calls whose ids are `due`; as they come if calls or results have no ids."""
+    """The messages of `results` in the order of `due`, the ids of the calls.
+
+    If calls or results have no ids, as they come.
+    """
     if due and any(given is not None for given, _ in results):
         if len(results) < len(due) or any(given is None for given, _ in results):
-            raise BadInput(f"of the calls {reprlib.repr(due)} not each has a result before it: add those, with `tool_call_id`")
+            calls = reprlib.repr(due)
+            problem = f"not each of the calls {calls} has a result before it"
+            raise BadInput(f"{problem}: add it, with `tool_call_id`")
         results = sorted(results, key=lambda result: due.index(result[0]))
     return [message for _, messages in results for message in messages]
 
 
 def _learned(turn: dict[str, Any], role: str) -> bool:
-    """What a message says of being trained on; True if nothing. Raises `BadInput` for what cannot be done, or is not understood."""
+    """Whether a message is to be trained on. Raises `BadInput` if what it says is unclear."""
     said = {key: turn[key] for key in filter(_CONTROLS_MESSAGE.search, turn)}
     for key, value in said.items():
         if key not in _TRAINED or value not in (0, 1):
-            raise BadInput(f"`{key}` is {reprlib.repr(value)}, which is not understood: write `train` with true or false, or remove it")
+            advice = "write `train` with true or false, or remove it"
+            raise BadInput(f"`{key}` is {reprlib.repr(value)}, which is not understood: {advice}")
         if value and role != "assistant":
-            raise BadInput(f"`{key}` is {value} in a message of role {role}, where only the assistant's are learned: remove it, or make it false")
+            problem = f"`{key}` is {value} in a message of role {role}"
+            raise BadInput(f"{problem}: only the assistant's are learned, remove it")
         if value != next(iter(said.values())):
-            raise BadInput(f"{' and '.join(f'`{key}`' for key in said)} contradict each other: keep one")
+            raise BadInput(f"`{'` and `'.join(said)}` contradict each other: keep one")
     return role != "assistant" or all(said.values())
 
 
 def _without_tags(message: Message) -> Message:
     """`message`, if no tag of a thought is left in it."""
     if tag := _THINK_TAG.search(message.content) or _THINK_TAG.search(message.thought):
-        raise BadInput(
-            f"{tag[0]} in what the {message.role} says: a thought is read between one <think> and one </think> "
-            "at the beginning of an answer, write it so or as `thought`, or remove the row"
-        )
+        place = "between one <think> and one </think> at the beginning of an answer"
+        problem = f"{tag[0]} in what the {message.role} says: a thought is read {place}"
+        raise BadInput(f"{problem}, write it so or as `thought`, or remove the row")
     return message
+
+
+def _asked(record: dict[str, Any], key: str) -> Message:
+    return _without_tags(Message("user", _text(record, key)))
 
 
 def _assistant(turn: dict[str, Any], key: str, tools: Tools = ()) -> Message:
@@ -314,10 +348,11 @@ def _assistant(turn: dict[str, Any], key: str, tools: Tools = ()) -> Message:
     if _TOOL_CALL.fullmatch(content.strip()):
         raise BadInput(f"`{key}` is a <tool_call>, which would be learnt as text: write it as `tool_calls`, or the row in ShareGPT's form")
     if begun := _THOUGHT_BEGUN.match(content):
-        raise BadInput(f"`{key}` begins with {begun[0].strip()}, which would be learned as text: write the thought as `thought`")
+        problem = f"`{key}` begins with {begun[0].strip()}, which would be learned as text"
+        raise BadInput(f"{problem}: write the thought as `thought`")
     thoughts = {name: text for name in _THOUGHTS if (text := _text(turn, name, required=False))}
     if len(set(thoughts.values())) > 1:
-        raise BadInput(f"{' and '.join(f'`{name}`' for name in thoughts)} are different thoughts: keep one")
+        raise BadInput(f"`{'` and `'.join(thoughts)}` are different thoughts: keep one")
     thought = next(iter(thoughts.values()), "")
     if not thought and (match := _THINK.fullmatch(content)):
         thought, content = match[1].strip(), _text({key: match[2]}, key, required=not calls)
@@ -328,20 +363,24 @@ def _tool_call(call: Any, tools: Tools) -> ToolCall:
     call = present(call, "a tool call")
     function = present(call.get("function", call), "`function`")
     name, known = function.get("name"), {tool["name"]: tool.get("parameters", {}) for tool in tools}
+    called = f"call of {reprlib.repr(name)}"
     if not isinstance(name, str) or name not in known:
-        raise BadInput(f"a tool call of {reprlib.repr(name)}, which is not among the tools {reprlib.repr(list(known))}: list it in `tools`")
-    what = f"`arguments` of a call of {reprlib.repr(name)}"
+        listed = reprlib.repr(list(known))
+        problem = f"a tool {called}, which is not among the tools {listed}"
+        raise BadInput(f"{problem}: list it in `tools`")
+    what = f"`arguments` of a {called}"
     given = function.get("arguments", "")
     arguments = _json("null" if isinstance(given, str) and not given.strip() else given, what)
     parameters = known[name]
     required = parameters.get("required", [])
     if arguments is None:
         if "arguments" in call and "arguments" not in function:
-            raise BadInput(f"a call of {reprlib.repr(name)} has `arguments` outside `function`: move it there")
+            raise BadInput(f"a {called} has `arguments` outside `function`: move it there")
         if unread := _unread_json(call | function):
-            raise BadInput(f"a call of {reprlib.repr(name)} has `{unread}`, not `arguments`: rename it")
+            raise BadInput(f"a {called} has `{unread}`, not `arguments`: rename it")
         if required:
-            raise BadInput(f"{what} is missing, and {reprlib.repr(required)} is required: give them")
+            required = reprlib.repr(required)
+            raise BadInput(f"{what} is missing, and {required} is required: give them")
         arguments = {}
     arguments = _typed(arguments, dict, what)
     if not isinstance(given, str):  # the null of a required parameter was left out with the others
@@ -373,7 +412,8 @@ def _unread_json(record: dict[str, Any]) -> str | None:
 def _refuse(record: dict[str, Any], unread: dict[str, str]) -> None:
     for key, instead in unread.items():
         if record.get(key):
-            raise BadInput(f"`{key}` is not read, and would change what is learnt: write it as {instead}, or remove it")
+            advice = f"write it as {instead}, or remove it"
+            raise BadInput(f"`{key}` is not read, and would change what is learned: {advice}")
 
 
 def _text(record: dict[str, Any], key: str, required: bool = True) -> str:

@@ -1,17 +1,21 @@
 """Finds benchmark items inside documents, so that they are not trained on: shared word 13-grams, as in GPT-3 (Brown et al. 2020, appendix C).
 
-Text is compared as lower-case words without punctuation. A passage of 13 words or more is found by any 13 of them in a row; a question of
-8 to 12 words only as a whole; shorter ones are not looked for, and counted. What is shared must be most of the passage, or have 3 bytes a
-word, or 120: else any two loops over `dp[i][j]` agree. What a document holds is hashed in numpy and looked up in a table
-of all items; the few candidates are compared word by word, so no hit is a hash collision. MinHash cannot do this: an item of 50 words hardly
-changes the Jaccard similarity of a document of 1,000 (docs/data.md has the figures).
+Text is compared as lower-case words without punctuation. A passage of 13 words or more is found by any 13 of them in a row;
+a question of 8 to 12 words only as a whole; shorter ones are not looked for, and counted. In scripts that put no spaces between
+words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each letter is a part of a word, `UNSPACED`: 22 Chinese characters count as
+13 words. What is shared must be most of the passage, or have 3 bytes a word, or 120: else any two loops over `dp[i][j]` agree.
+What a document holds is hashed in numpy and looked up in a table of all items; the few candidates are compared word by word, so
+no hit is a hash collision. MinHash cannot do this: an item of 50 words hardly changes the Jaccard similarity of a document of
+1,000 (docs/data.md has the figures).
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,16 @@ MIN_WORDS = 8  # of a question that is looked for as a whole
 MARGIN = 200  # characters removed on each side of a hit by the policy "cut", and the least that is kept between two cuts
 WORD_BYTES, ENOUGH_BYTES, MOST = 3, 120, 0.8
 POLICIES = ("drop", "cut")
+RULE = 2  # of `normalise`: items that were saved by another rule are found in no document
+# How much of a word a letter is, in scripts without spaces. Chosen, not measured: a shared run of 22 Chinese characters, or of 44
+# letters of the others, is as long as one of 13 words, longer than names of offices and laws. Vowel signs above and below do not count.
+UNSPACED = {
+    0.6: ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),  # Han
+    0.3: (
+        *((0x3041, 0x3096), (0x309D, 0x309F), (0x30A1, 0x30FA), (0x30FC, 0x30FF), (0x31F0, 0x31FF)),  # kana
+        *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0xAA60, 0xAA7F), (0xA9E0, 0xA9FF)),  # Thai, Lao; Burmese; Khmer; Burmese
+    ),
+}
 
 _ASCII_WORDS = bytes(byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in range(256)).lower()
 # Soft hyphens, joiners and byte order marks go; ligatures are spelt out
@@ -38,23 +52,49 @@ _BATCH_BYTES = 2**17  # hashed at once: arrays that stay in the cache (64K to 25
 
 
 def normalise(text: str) -> bytes:
-    """The words of `text`, lower-case, in UTF-8, with spaces between: runs of letters and digits; an apostrophe is no break ("don't": dont)."""
+    """The words of `text`, lower-case, in UTF-8, with spaces between: runs of letters and digits; an apostrophe is no break ("don't": dont).
+    A letter of `UNSPACED` is a word of its own. Signs on letters that are characters of their own (vowels in Hindi and Thai) are left out."""
     if not text.isascii():
         text = _WITHIN_WORDS.sub(lambda match: unicodedata.normalize("NFKC", match[0]) if match[0] > "\ufaff" else "", text)
         points = np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), "<u4")
-        text = _other_words()[np.minimum(points, 0xFFFF)].tobytes().decode("utf-32-le")
+        points = _other_words()[np.minimum(points, 0xFFFF)]
+        if points.max(initial=0) >= _ALONE:
+            alone = points >= _ALONE
+            width = np.where(alone, 3, 1)
+            last = np.cumsum(width)[alone] - 1
+            points = np.repeat(points % _ALONE, width)
+            points[last] = points[last - 2] = ord(" ")
+        text = points.tobytes().decode("utf-32-le")
     return text.encode().translate(_ASCII_WORDS, b"'")
 
 
 @functools.cache
 def _other_words() -> np.ndarray:
-    """Code point -> code point up to 0xFFFF: letters and digits in lower case, wide and other such forms as plain ones; all else is a space.
+    """Code point -> code point up to 0xFFFF: letters and digits in lower case, wide and other such forms as plain ones; signs on letters become
+    apostrophes, which are left out; all else is a space. `_ALONE` is added to the letters of `UNSPACED`.
 
     On books with curly quotes all of `normalise` takes 32 ns a character with this table; with NFKC, `lower` and a regular expression, 62.
     """
     plain = [unicodedata.normalize("NFKC", chr(point)).lower() for point in range(0x10000)]
     words = [ord(to) if len(to) == 1 and to.isalnum() else point if chr(point).isalnum() else 32 for point, to in enumerate(plain)]
-    return np.array([ord("'") if chr(point) in "'\u2019" else to for point, to in enumerate(words)], "<u4")
+    signs = [unicodedata.category(to if len(to) == 1 else chr(point))[0] == "M" for point, to in enumerate(plain)]
+    left_out = [sign or chr(point) in "'\u2019" for point, sign in enumerate(signs)]
+    table = np.where(left_out, ord("'"), np.array(words)).astype("<u4")
+    unspaced = np.concatenate([np.arange(first, last + 1) for first, last in itertools.chain(*UNSPACED.values())])
+    letters = np.isin(table, unspaced)
+    table[letters] += _ALONE
+    return table
+
+
+_ALONE = np.uint32(1 << 31)  # more than any code point
+_LETTERS = "".join(f"{chr(first)}-{chr(last)}" for first, last in itertools.chain(*UNSPACED.values()))
+_PIECES = re.compile(rf"[{_LETTERS}]|[^\s{_LETTERS}]+")
+_WEIGHTS = {chr(point).encode(): weight for weight, ranges in UNSPACED.items() for first, last in ranges for point in range(first, last + 1)}
+
+
+def _weight(words: Sequence[bytes]) -> float:
+    """How many words they are, letters of `UNSPACED` being parts of one."""
+    return round(sum(_WEIGHTS.get(word, 1.0) for word in words), 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +167,18 @@ class Index:
 
     def __init__(self, items: Sequence[Item]):
         self.items = items
-        self.too_short = 0  # questions
-        self._passages: list[tuple[int, bytes]] = []  # (item, words)
+        self.too_short: Counter[str] = Counter()  # questions, of each benchmark
+        self._passages: list[tuple[int, bytes, float]] = []  # (item, words, how many they are)
         texts: dict[bool, list[tuple[int, bytes]]] = {False: [], True: []}
         for number, item in enumerate(items):
             for passage in (*item.questions, *item.answers):
-                words = passage.count(" ") + 1 if passage else 0
-                if words >= GRAM_WORDS or (words >= MIN_WORDS and passage in item.questions):
-                    texts[words >= GRAM_WORDS].append((len(self._passages), passage.encode()))
-                    self._passages.append((number, passage.encode()))
+                words = passage.encode().split()
+                weight = _weight(words)
+                if weight >= GRAM_WORDS or (weight >= MIN_WORDS and passage in item.questions):
+                    texts[len(words) >= GRAM_WORDS].append((len(self._passages), passage.encode()))
+                    self._passages.append((number, passage.encode(), weight))
                 else:
-                    self.too_short += passage in item.questions
+                    self.too_short[item.benchmark] += passage in item.questions
         self._short = self._table((hashes[:1] for hashes in (_grams(text)[1] for _, text in texts[False])), texts[False])
         self._long = self._table((_grams(text)[2] for _, text in texts[True]), texts[True])
 
@@ -194,13 +235,18 @@ class Index:
         return spans
 
     def _hits(self, text: str, words: list[bytes], spans: dict[int, list[tuple[int, int]]]) -> list[Hit]:
-        """Words as characters: they are counted in each of the pieces between white space."""
-        pieces = [(match.start(), match.end()) for match in re.finditer(r"\S+", text)]
+        """Words as characters: they are counted in each of the pieces between white space, a letter of `UNSPACED` being one."""
+        pieces = [(match.start(), match.end()) for match in _PIECES.finditer(text)]
         words_before = np.cumsum([0] + [len(normalise(text[start:end]).split()) for start, end in pieces])
         hits = set()
         for passage, of_passage in spans.items():
-            item, length = self.items[self._passages[passage][0]], self._passages[passage][1].count(b" ") + 1
+            number, sought, weight = self._passages[passage]
+            item, length = self.items[number], sought.count(b" ") + 1
             for first, end in of_passage:
+                if weight < GRAM_WORDS and end - first < length:  # a short one only as a whole
+                    continue
+                if _weight(words[first:end]) < min(GRAM_WORDS, weight):
+                    continue
                 if end - first >= MOST * length or len(b"".join(words[first:end])) >= min(WORD_BYTES * (end - first), ENOUGH_BYTES):
                     start = pieces[min(int(np.searchsorted(words_before, first, side="right")) - 1, len(pieces) - 1)][0]
                     stop = pieces[min(max(int(np.searchsorted(words_before, end)) - 1, 0), len(pieces) - 1)][1]
@@ -272,6 +318,12 @@ def search(documents: Iterable[Document], index: Index, on_progress: Callable[[i
     return {"documents": count, "bytes": size, "benchmarks": summary(index, hits), "contaminated": hits}
 
 
+def too_short(counts: Mapping[str, int]) -> list[str]:
+    """A line on the questions that were not looked for, `Index.too_short`, where there are any."""
+    named = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    return [f"{sum(counts.values()):,} questions of the benchmarks are too short to look for: {named}"] if named else []
+
+
 def save_items(items: Sequence[Item], path: Path) -> None:
     """Writes the items for `load_index`."""
     write_json(path, [dataclasses.astuple(item) for item in items])
@@ -284,11 +336,14 @@ def load_index(path: Path) -> Index:
 
 
 def summary(index: Index, report: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """benchmark -> how many items it has, how many of them were found, and in how many documents."""
+    """benchmark -> how many items it has, how many of them were found, in how many documents, and questions too short to look for."""
     benchmarks = {item.benchmark: {"items": 0, "items_found": set(), "documents": set()} for item in index.items}
     for item in index.items:
         benchmarks[item.benchmark]["items"] += 1
     for hit in report:
         benchmarks[hit["benchmark"]]["items_found"].add(hit["item"])
         benchmarks[hit["benchmark"]]["documents"].add(hit["document"])
-    return {name: {key: value if key == "items" else len(value) for key, value in counts.items()} for name, counts in benchmarks.items()}
+    return {
+        name: {key: value if key == "items" else len(value) for key, value in counts.items()} | {"too_short": index.too_short[name]}
+        for name, counts in benchmarks.items()
+    }

@@ -5,11 +5,10 @@ on the hub) and how much text a stored byte of three of them holds.
 """
 
 import dataclasses
-import gzip
 import itertools
-import json
 import lzma
 import time
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -22,6 +21,7 @@ from nanollama_jax.data import sources
 from nanollama_jax.data.executor import cores
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.shards import MANIFEST, SPLITS, load_manifest
+from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 4_000_000, 60.0  # whichever comes first
@@ -80,7 +80,7 @@ def estimate(url: str, tokenizer: Tokenizer | None, *, max_tokens: int = 0, keep
 
 def text_bytes(url: str) -> float | None:
     """About how much text a source of files has; None where files do not say."""
-    if (found := sources.stored_files(url)) is None:
+    if (found := sources.stored_files(url)) is None or not all(sources.is_readable(file) for file in found[0]):
         return None
     files, field = found
     sizes, at = [fsspec.core.url_to_fs(file)[0].size(file) for file in files], sorted({0, len(files) // 2, len(files) - 1})
@@ -89,26 +89,31 @@ def text_bytes(url: str) -> float | None:
 
 def _text_in(path: str, field: str, size: int) -> float:
     """A Parquet file says it in its footer; of the others the first megabytes are read."""
-    with fsspec.open(path, "rb") as file:
-        if path.endswith(".parquet"):
-            metadata = pyarrow.parquet.ParquetFile(file).metadata
-            groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-            columns = (group.column(i) for group in groups for i in range(group.num_columns))
-            return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
-        opened = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}.get(Path(path).suffix, lambda file: file)(file)
-        content = opened.read(_LOOK_BYTES)
-        stored = size if len(content) < _LOOK_BYTES else min(file.tell(), size)
-        if path.endswith(".txt"):
-            return len(content) * size / max(1, stored)
-        whole = content if stored == size else content[: content.rfind(b"\n") + 1]  # the last line may be cut
-        if not whole:
-            return len(content) * size / max(1, stored)
-        texts = (json.loads(line).get(field, "") for line in whole.splitlines() if line.strip())
-        return sum(len(text.encode()) for text in texts) * size / max(1, stored) * len(content) / len(whole)
+    try:
+        with fsspec.open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                metadata = pyarrow.parquet.ParquetFile(file).metadata
+                groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+                columns = (group.column(i) for group in groups for i in range(group.num_columns))
+                return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+            content = sources.unpacked(file, path).read(_LOOK_BYTES)
+            stored = size if len(content) < _LOOK_BYTES else min(file.tell(), size)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
+        raise BadInput(f"{path} cannot be read, or is cut off: {error}") from error
+    if path.endswith(".txt"):
+        return len(content) * size / max(1, stored)
+    whole = content if stored == size else content[: content.rfind(b"\n") + 1]  # the last line may be cut
+    if not whole:
+        return len(content) * size / max(1, stored)
+    texts = (_text(line, field, f"{path}:{number}") for number, line in enumerate(whole.split(b"\n"), 1) if line.strip())
+    return sum(len(text.encode(errors="surrogatepass")) for text in texts) * size / max(1, stored) * len(content) / len(whole)
 
 
-def _open_zst(file):
-    return pyarrow.input_stream(file, compression="zstd")
+def _text(line: bytes, field: str, where: str) -> str:
+    record = sources.json_object(line, where)
+    if isinstance(record, BadInput):
+        raise record
+    return sources.text_of(record, field, where)
 
 
 def print_estimates(config: ConfigDict) -> None:

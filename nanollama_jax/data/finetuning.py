@@ -1,8 +1,9 @@
 """Conversations and preference pairs -> token ids on disk, for SFT and DPO: shards and a manifest as those of data/prepare.py, made in one process.
 
-A record of a conversation is its ids, uint32, with the highest bit set in those to be learned: what the assistant says, but for messages that
-are not to be trained on. A pair's is the length of the chosen side, then chosen and rejected so, in which only the answers, not what is shared
-before them, are to be learned. What does not fit a row is left out, counted
+A record of a conversation is its ids, uint32, with the highest bit set in those to be learned: what
+the assistant says, but for messages that are not to be trained on. A pair's is the length of the
+chosen side, then chosen and rejected so, in which only the answers, not what is shared before them,
+are to be learned. What does not fit a row is left out, counted
 and named in `left_out.txt`; a bad row stops the preparation, or with `bad_rows="skip"` is named there too.
 """
 
@@ -20,8 +21,8 @@ from nanollama_jax.console import Table, console, track
 from nanollama_jax.data import chat, decontaminate
 from nanollama_jax.data.conversations import Conversation, naming, parse_conversation, read_rows
 from nanollama_jax.data.preference import Preference, parse_preference
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, finished, split_of, totals
-from nanollama_jax.data.sources import about_source, matched_files
+from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, finished, split_of, totals, verify_shards
+from nanollama_jax.data.sources import about_source, is_gone, licence_of, matched_files
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, whole_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
@@ -44,11 +45,15 @@ def prepare(
         raise BadInput(f"data.tuning_validation_fraction={validation_fraction} must be at least 0 and below 1")
     out_dir = Path(out_dir)
     benchmarks = {benchmark: url for benchmark, url in (benchmarks or {}).items() if url}  # one without a URL is not searched for
-    settings = dict(name=name, url=url, licence=licence, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
-    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32", "benchmarks": benchmarks} | about_source(url)
-    if files := matched_files(url):  # small enough to be read: an answer can be mended without a change of size
+    settings = dict(name=name, url=url, kind=kind, bad_rows=bad_rows, max_tokens=max_tokens, validation_fraction=validation_fraction)
+    settings |= {"tokenizer_sha256": tokenizer.sha256, "dtype": "uint32", "benchmarks": benchmarks}
+    gone = is_gone(url) and (out_dir / MANIFEST).exists()
+    settings |= {} if gone else about_source(url)
+    if files := not gone and matched_files(url):  # small enough to be read: an answer can be mended without a change of size
         settings["files_sha256"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
     if manifest := finished(out_dir, settings):
+        if gone:
+            print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used", flush=True)
         return manifest
     chat.check_tokenizer(tokenizer)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,13 @@ def prepare(
             why = ", ".join(f"{count} {reason}" for reason, count in (counts | {"in validation": splits["validation"]["documents"]}).items())
             raise BadInput(f"{name}: no row of {url} is left to train on ({why}): check it, or lower data.tuning_validation_fraction")
         (out_dir / "left_out.txt").write_text("".join(f"{line}\n" for lines in left_out.values() for line in lines), encoding="utf-8")
-        manifest = settings | {"left_out": counts, "splits": splits}
+        manifest = settings | {
+            "licence": licence or licence_of(url),
+            "left_out": counts,
+            "questions_too_short": index.too_short if index else {},
+            "splits": splits,
+        }
+        verify_shards(out_dir, manifest, just_written=True)
         write_json(out_dir / MANIFEST, manifest)
     return manifest
 
@@ -143,3 +154,5 @@ def prepare_stage(config: ConfigDict) -> None:
             console.print(f"{name}: {left_out} left out, named in {Path(config.data.dir) / name / 'left_out.txt'}")
     if not already:
         console.print(table)
+        for line in decontaminate.too_short(manifest.get("questions_too_short", {})):
+            console.print(line)

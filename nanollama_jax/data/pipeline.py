@@ -26,7 +26,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanollama_jax.data.shards import load_manifest, split_shards, verify_shards
+from nanollama_jax.data.shards import MANIFEST, dtype_for, load_manifest, naming_shard, split_shards, verify_shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, 
             f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}, this one is {tokenizer.sha256[:12]}): "
             "set tokenizer.path to that one, or prepare into another data.dir"
         )
+    if manifest["dtype"] != (stored := dtype_for(tokenizer.vocab_size) if kind == "documents" else "uint32"):
+        raise BadInput(f"{directory / MANIFEST} has dtype={manifest['dtype']} where {kind} are stored in {stored}: restore it from a copy")
     verify_shards(directory, manifest)
     return Source(name, directory, manifest)
 
@@ -175,8 +177,24 @@ def _documents(source: Source, split: str, tokenizer: Tokenizer) -> grain.MapDat
     """Documents as int32 arrays, BOS and EOS added."""
     dtype = np.dtype(source.manifest["dtype"])
     bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    records = grain.sources.ArrayRecordDataSource([str(path) for path in split_shards(source.directory, source.manifest, split)])
-    return grain.MapDataset.source(records).map(lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos]))
+    return grain.MapDataset.source(_Records(source, split)).map(lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos]))
+
+
+class _Records:
+    """The records of a split by number, for Grain; damage to one names its shard."""
+
+    def __init__(self, source: Source, split: str):
+        self._shards = split_shards(source.directory, source.manifest, split)
+        self._ends = np.cumsum([shard["documents"] for shard in source.manifest["splits"][split]["shards"]])
+        with naming_shard(source.directory / f"{split}-*"):  # which of them is not said
+            self._records = grain.sources.ArrayRecordDataSource([str(path) for path in self._shards])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> bytes:
+        with naming_shard(self._shards[min(int(np.searchsorted(self._ends, number, side="right")), len(self._shards) - 1)]):
+            return self._records[number]
 
 
 class PackIterDataset(grain.IterDataset):

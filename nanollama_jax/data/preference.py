@@ -5,8 +5,9 @@
     {"chosen": [...], "rejected": [...]}                       whole conversations; a `prompt` beside them is their beginning or last question
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}      Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning
 
-Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and `rejected-rating`, ranks, of which
-the least is the best, `margin`) must say that the chosen one is better: a row in which they tie or contradict is bad.
+Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and
+`rejected-rating`; ranks, of which the least is the best; `margin`) must say that the chosen one is
+better: in a bad row they tie, contradict that or are not numbers.
 
 Also the check of a file of either kind of data, which tools/check_finetuning_data.py shows.
 """
@@ -24,7 +25,7 @@ from nanollama_jax.data.conversations import Conversation, Message, naming, open
 from nanollama_jax.data.sources import matched_files
 from nanollama_jax.errors import BadInput
 
-# What annotators give the answers: score_chosen, chosen-rating, chosen_avg_rating, rejectedReward, rank_chosen
+# score_chosen, chosen-rating, chosen_avg_rating, rejectedReward, rank_chosen and the like
 _SCORE = re.compile(
     r"(?=.*(?:chosen|rejected))"
     r".*(?:^|[-_. ]|chosen|rejected)(?:score|rating|reward|rank|ranking|grade|quality)(?:$|[-_. ])",
@@ -106,17 +107,20 @@ def check(url: str, files: collections.defaultdict[str, collections.Counter[str]
 
 
 def _check_scores(record: dict[str, Any]) -> None:
-    """Raises `BadInput` where scores beside the answers tie, contradict the labels or are no numbers."""
-    scores = {key: value for key, value in record.items() if _SCORE.search(key) or _MARGIN.fullmatch(key)}
+    """Raises `BadInput` if scores of the answers tie, contradict the labels or are not numbers."""
+    keys = [key for key in record if _SCORE.search(key) or _MARGIN.fullmatch(key)]
+    scores = {key: record[key] for key in keys}
     for key, value in scores.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadInput(f"`{key}` is {reprlib.repr(value)}, not a finite number: correct or remove it")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            value = reprlib.repr(value)
+            raise BadInput(f"`{key}` is {value}, not a finite number: correct or remove it")
     for key, value in scores.items():
         other = key.replace("chosen", "rejected")
         if _MARGIN.fullmatch(key):
             better, said = value, f"`{key}` is {value}"
         elif other != key and other in scores:
-            better, said = value - scores[other], f"`{key}` is {value} and `{other}` is {scores[other]}"
+            better = value - scores[other]
+            said = f"`{key}` is {value} and `{other}` is {scores[other]}"
             better = -better if "rank" in key.lower() else better
         else:
             continue

@@ -22,8 +22,19 @@ from nanollama_jax.data import decontaminate
 from nanollama_jax.data.executor import Executor, report_progress, run_ranks
 from nanollama_jax.data.filters import filter_named
 from nanollama_jax.data.near_duplicates import load_left_out
-from nanollama_jax.data.shards import MANIFEST, SPLITS, ShardWriter, check_same_inputs, finished, split_of, split_shards, totals, verify_shards
-from nanollama_jax.data.sources import about_source, batched, read_documents, useful_ranks
+from nanollama_jax.data.shards import (
+    MANIFEST,
+    SPLITS,
+    ShardWriter,
+    check_same_inputs,
+    dtype_for,
+    finished,
+    split_of,
+    split_shards,
+    totals,
+    verify_shards,
+)
+from nanollama_jax.data.sources import about_source, batched, is_gone, licence_of, read_documents, useful_ranks
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked, write_json
 from nanollama_jax.tokenizer import Tokenizer, train
@@ -70,7 +81,7 @@ class WriteTokens(PipelineStep):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         tokenizer, index = self.tokenizer, decontaminate.load_index(self.benchmarks) if self.benchmarks else None
-        dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        dtype = np.dtype(dtype_for(tokenizer.vocab_size)).newbyteorder("<")
         writers = {split: ShardWriter(self.out_dir, f"{split}-{rank:05d}", self.shard_tokens) for split in SPLITS}
         max_tokens = -(-self.max_tokens // world_size) or np.inf
         counts, hits, removed = np.zeros(3, np.int64), [], Counter()
@@ -116,10 +127,11 @@ def prepare_source(
 ) -> dict[str, Any] | None:
     """Prepares `url` into `out_dir` and returns its manifest; goes on from where it stopped if it was killed. None: Slurm has it now.
 
-    Where it is already done it reads all shards once and compares their checksums, which for a large corpus takes a while.
+    `licence`, "": what is known of that of the URL. Where it is already done it compares the checksums of the shards (shards.verify_shards).
     `tasks` is the number of ranks (fewer, if the source has few files) and decides what is in which shard; each stops after its share of
     `max_tokens` (0: all there is). `keep` and `leave_out`: see `ReadSource`. `benchmarks`, name -> URL, are searched for; `contaminated` is one
     of decontaminate.POLICIES.
+    Where the text of a finished corpus was deleted or moved, its shards are used as they are.
     Raises `BadInput` for bad text (what other ranks finished stays), for a source without documents or with an empty split, for Ctrl-C, and if
     `out_dir` was made with other settings, of another list of files, or of files that have been changed.
     """
@@ -129,7 +141,6 @@ def prepare_source(
         raise BadInput(f"validation_fraction={validation_fraction} must be at least 0 and below 1")
     if tasks < 1:
         raise BadInput(f"preparation needs at least one task, not {tasks}")
-    tasks = int(min(tasks, useful_ranks(url)))
     if contaminated not in decontaminate.POLICIES:
         raise BadInput(f"corpora.{name}.contaminated={contaminated!r}: choose one of {', '.join(decontaminate.POLICIES)}")
     filter_named(keep)
@@ -138,9 +149,13 @@ def prepare_source(
         load_left_out(leave_out, url)  # a report that cannot be used is refused here
     inputs |= {"leave_out_sha256": hashlib.sha256(Path(leave_out).read_bytes()).hexdigest() if leave_out else ""}
     inputs |= {"benchmarks": benchmarks} | ({"contaminated": contaminated} if benchmarks else {})
-    inputs |= about_source(url)
+    gone = is_gone(url) and (out_dir / MANIFEST).exists()
+    inputs |= {} if gone else about_source(url)
     if manifest := finished(out_dir, inputs):
+        if gone:
+            print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used", flush=True)
         return manifest
+    tasks = int(min(tasks, useful_ranks(url)))
 
     logs = out_dir / "logs"
     (logs / "shards").mkdir(parents=True, exist_ok=True)
@@ -151,7 +166,7 @@ def prepare_source(
             check_same_inputs(out_dir, json.loads((logs / "inputs.json").read_text()), layout)
         else:
             write_json(logs / "inputs.json", layout)
-        items = logs / "benchmarks.json" if benchmarks else None
+        items = logs / f"benchmarks_{decontaminate.RULE}.json" if benchmarks else None
         if items and not (begun and items.exists()):
             decontaminate.save_items(decontaminate.read_benchmarks(benchmarks), items)
         write = WriteTokens(out_dir, tokenizer, validation_fraction, shard_tokens, max_tokens, items, contaminated)
@@ -170,10 +185,10 @@ def prepare_source(
                     f"source {name} has {documents} documents and none fell into {split} at validation_fraction={validation_fraction}: "
                     f"{change} data.validation_fraction and remove {out_dir}"
                 )
-        manifest = {"name": name, "licence": licence, "dtype": token_dtype(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
+        manifest = {"name": name, "licence": licence or licence_of(url), "dtype": dtype_for(tokenizer.vocab_size), "vocab_size": tokenizer.vocab_size}
         manifest |= inputs | {"left_out": _left_out(logs, tasks)}
         manifest |= {"decontamination": decontamination, "splits": splits}
-        verify_shards(out_dir, manifest, checksums=begun)
+        verify_shards(out_dir, manifest, just_written=not begun)
         write_json(out_dir / MANIFEST, manifest)
         named = {path for split in SPLITS for path in split_shards(out_dir, manifest, split)}
         for path in {path for split in SPLITS for path in out_dir.glob(f"{split}-[0-9]*-[0-9]*.array_record*")} - named:
@@ -203,11 +218,6 @@ def _decontamination(out_dir: Path, ranks: list[dict[str, Any]], items: Path | N
     write_json(out_dir / CONTAMINATED, {"policy": policy, "benchmarks": benchmarks, "contaminated": hits})
     counts = {key: removed[key] for key in ("documents_dropped", "documents_cut", "characters_removed")}
     return {"policy": policy, "benchmarks": benchmarks, "benchmarks_sha256": hashlib.sha256(items.read_bytes()).hexdigest(), **counts}
-
-
-def token_dtype(vocab_size: int) -> str:
-    """In which a document's token ids are kept."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def train_tokenizer_for(urls: Sequence[str], path: str | os.PathLike, vocab_size: int, max_bytes: int) -> None:
@@ -247,8 +257,13 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
         console.print(f"training {path}: {config.tokenizer.vocab_size:,} pieces on {', '.join(config.tokenizer.sources)}")
         urls = [config.corpora[name].url for name in config.tokenizer.sources]
         train_tokenizer_for(urls, path, config.tokenizer.vocab_size, config.tokenizer.training_bytes)
-    if (found := Tokenizer(path).vocab_size) != config.tokenizer.vocab_size:
-        raise BadInput(f"tokenizer {path} has {found:,} pieces and tokenizer.vocab_size is {config.tokenizer.vocab_size:,}: change one of them")
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise BadInput(
+            f"tokenizer {path} has {tokenizer.vocab_size:,} pieces and tokenizer.vocab_size is {config.tokenizer.vocab_size:,}: change one of them"
+        )
+    for name, reason in tokenizer.not_exportable.items():
+        print(f"warning: no model trained with {path} can be exported as {name}: the tokenizer {reason}", flush=True)
 
     directories = {name: Path(config.data.dir) / name for name in config.corpora}
     already = all((directory / MANIFEST).exists() for directory in directories.values())
@@ -273,6 +288,10 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
             _contaminated(manifest),
         )  # fmt: skip
     console.print(table)
+    searched = [manifest["decontamination"]["benchmarks"] for manifest in manifests if manifest.get("decontamination")]
+    counts = {name: found.get("too_short", 0) for benchmarks in searched for name, found in benchmarks.items()}
+    for line in decontaminate.too_short(counts):
+        console.print(line)
     return True
 
 

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from nanollama_jax.data.finetuning import SAID
 from nanollama_jax.data.pipeline import Batch, Source, own_seed
-from nanollama_jax.data.shards import split_shards
+from nanollama_jax.data.shards import naming_shard, split_shards
 from nanollama_jax.errors import BadInput
 
 
@@ -119,5 +119,6 @@ def train_batches(rows: Mapping[str, Rows], weights: Mapping[str, float], *, bat
 
 
 def _read_all(path) -> list[bytes]:
-    reader = ArrayRecordReader(str(path))
-    return reader.read_all() if reader.num_records() else []
+    with naming_shard(path):
+        reader = ArrayRecordReader(str(path))
+        return reader.read_all() if reader.num_records() else []

@@ -5,6 +5,8 @@ A document's record is token ids, raw little-endian, without BOS and EOS; data/f
 name and renamed when whole.
 """
 
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -16,12 +18,16 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from datatrove.data import Document
 
+from nanollama_jax.console import console, track
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import write_json
 from nanollama_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
+VERIFIED = Path("logs", "verified.json")  # shard -> its checksum, and what its file was like when that was compared
 _RECORDS = 256  # read at once
+_WORTH_A_LINE = 2**30  # bytes to read before anything else happens
 
 
 class ShardWriter:
@@ -72,15 +78,43 @@ def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
 
 
+def dtype_for(vocab_size: int) -> str:
+    """How a document's ids are stored."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
 def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a prepared corpus. Raises `BadInput` if there is none."""
+    """The manifest of a prepared corpus. Raises `BadInput` if there is none, or it is damaged."""
     path = Path(directory) / MANIFEST
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
+        _check_manifest(manifest)
     except FileNotFoundError as error:
         raise BadInput(f"{directory} is not prepared: run python tools/prepare_data.py --config with the same config first") from error
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is damaged ({error}): remove {directory} and prepare it again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path} is damaged ({reason}): restore it from a copy, or remove {directory} and prepare it again") from error
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises what a manifest causes that `prepare_source` or finetuning's `prepare` did not write."""
+    vocab_size = manifest.get("vocab_size") if isinstance(manifest, dict) else None
+    if not isinstance(manifest["tokenizer_sha256"], str) or not isinstance(manifest.get("kind", ""), str):
+        raise ValueError("tokenizer_sha256 and kind are names")
+    if manifest["dtype"] not in ("uint16", "uint32") or (vocab_size is not None and manifest["dtype"] != dtype_for(vocab_size)):
+        raise ValueError(f"dtype={manifest['dtype']!r}, vocab_size={vocab_size!r}")
+    for split in SPLITS:
+        counted = manifest["splits"][split]
+        for shard in counted["shards"]:
+            for key in ("documents", "tokens", "size"):
+                if type(shard[key]) is not int or shard[key] < 0:
+                    raise ValueError(f"{split}: {key}={shard[key]!r}")
+            if not isinstance(shard["sha256"], str) or Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"{split}: file={shard['file']!r}, sha256={shard['sha256']!r}")
+        for key in ("documents", "tokens"):
+            if counted[key] != (total := sum(shard[key] for shard in counted["shards"])):
+                raise ValueError(f"{split}: {key}={counted[key]!r}, and its shards have {total}")
 
 
 def finished(directory: str | os.PathLike, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -89,7 +123,7 @@ def finished(directory: str | os.PathLike, inputs: dict[str, Any]) -> dict[str, 
         return None
     manifest = load_manifest(directory)
     check_same_inputs(directory, manifest, inputs)
-    verify_shards(directory, manifest, checksums=True)
+    verify_shards(directory, manifest)
     return manifest
 
 
@@ -108,44 +142,101 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
     verify_shards(directory, manifest)
     for split in SPLITS:
         for path in split_shards(directory, manifest, split):
-            reader = ArrayRecordReader(str(path))
+            with naming_shard(path):
+                reader = ArrayRecordReader(str(path))
             for start in range(0, reader.num_records(), _RECORDS):
-                for number, record in enumerate(reader.read(start, min(start + _RECORDS, reader.num_records())), start):
+                with naming_shard(path):
+                    records = reader.read(start, min(start + _RECORDS, reader.num_records()))
+                for number, record in enumerate(records, start):
                     yield Document(text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()), id=f"{path}:{number + 1}")
 
 
 def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now."""
+    """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now, and says how to keep what is there."""
+    finished = "splits" in old
+    anew = f"remove {out_dir}, or choose another data.dir"
+    if finished:
+        anew = f"choose another data.dir (remove {out_dir} only if no run trains on it)"
     for key, value in new.items():
         if key in ("file_sizes", "files_sha256"):
             if old.get(key, value) != value:
-                mended = f"; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
+                if finished:
+                    raise BadInput(
+                        f"files of {new['url']} were changed since {out_dir} was prepared: put them back, or move them away, to use "
+                        f"what was prepared; to prepare what they hold now, {anew}"
+                    )
                 raise BadInput(
                     f"files of {new['url']} were changed since {out_dir} was begun: if lines were added or removed, remove {out_dir} and prepare "
-                    f"it again{'' if 'splits' in old else mended}"
+                    f"it again; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
                 )
             continue
         if key == "files" and old.get(key, value) != value:
             raise BadInput(
                 f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
-                f"{value['count']} now): remove {out_dir} and prepare it again, or choose another data.dir"
+                f"{value['count']} now): put back the files of before to use what is there; to prepare the new list, {anew}"
             )
         if key == "rows_sha256" and old.get(key) != value:
-            raise BadInput(f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: remove it, or choose another data.dir")
+            raise BadInput(f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: {anew}")
         if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
-            raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: remove it, or choose another data.dir")
+            raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: set it back to use what is there, or {anew}")
 
 
-def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, checksums: bool = False) -> None:
-    """Raises `BadInput` that names the first shard which is missing or has another size; with `checksums`, reads them all."""
-    for split in SPLITS:
-        for path, shard in zip(split_shards(directory, manifest, split), manifest["splits"][split]["shards"]):
-            remedy = f"restore it, or remove {directory} and prepare it again"
-            if not path.exists():
-                raise BadInput(f"shard {path} is missing: {remedy}")
-            if path.stat().st_size != shard["size"]:
-                raise BadInput(f"shard {path} has {path.stat().st_size:,} bytes where there were {shard['size']:,}: {remedy}")
-            if checksums:
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                        raise BadInput(f"shard {path} is damaged, its checksum differs: {remedy}")
+def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, just_written: bool = False) -> None:
+    """Raises `BadInput` that names the first shard which is missing or is not as it was written.
+
+    A shard is read, on all cores at once, only where `VERIFIED` does not know its file: by size, times and inode, so a file that was
+    copied, changed or swapped for another is read anew. `just_written`: the checksums in the manifest were computed here and now.
+    """
+    directory, looks = Path(directory), {}
+    remedy = f"restore it from a copy, or remove {directory} and prepare it again"
+    for shard in (shard for split in SPLITS for shard in manifest["splits"][split]["shards"]):
+        path = directory / shard["file"]
+        try:
+            found = path.stat()
+        except FileNotFoundError as error:
+            raise BadInput(f"shard {path} is missing: {remedy}") from error
+        if found.st_size != shard["size"]:
+            raise BadInput(f"shard {path} has {found.st_size:,} bytes where there were {shard['size']:,}: {remedy}")
+        looks[shard["file"]] = [shard["sha256"], found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    known = looks if just_written else _verified(directory)
+    unknown = [file for file, look in looks.items() if known.get(file) != look]
+    if not unknown and not just_written:
+        return
+    if (total := sum(looks[file][1] for file in unknown)) > _WORTH_A_LINE:
+        console.print(f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        checksums = pool.map(_checksum, [directory / file for file in unknown])
+        for file, checksum in zip(unknown, track(checksums, f"{directory}: verifying", len(unknown))):
+            if checksum != looks[file][0]:
+                pool.shutdown(cancel_futures=True)
+                raise BadInput(f"shard {directory / file} is damaged or another one's, its checksum differs: {remedy}")
+    try:
+        write_json(directory / VERIFIED, looks)
+    except OSError as error:
+        console.print(f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again")
+
+
+def _verified(directory: Path) -> dict[str, list]:
+    try:
+        found = json.loads((directory / VERIFIED).read_bytes())
+    except (OSError, ValueError):  # absent, or cut short when a machine went down
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def naming_shard(path: Path) -> Iterator[None]:
+    """Inside, what ArrayRecord raises for a damaged file becomes a `BadInput` that names it."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput(
+            f"shard {path} cannot be read ({reason}): restore it from a copy, or remove {path.parent} and prepare it again; "
+            "then run the same command: checkpoints are intact"
+        ) from error

@@ -29,7 +29,7 @@ from nanollama_jax.export.model_card import model_card, provenance, restored_pro
 from nanollama_jax.export.tokenizer_json import chat_templates, import_chat_templates, tokenizer_files
 from nanollama_jax.files import output_path
 from nanollama_jax.model import Llama, ModelConfig
-from nanollama_jax.tokenizer import Tokenizer
+from nanollama_jax.tokenizer import MOST_PIECES, Tokenizer
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 5_000_000_000
@@ -272,7 +272,7 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
             raise BadInput(f"{folder}: the model has {what}, which this Llama does not have: it cannot be imported")
     d_model, heads = _number(config, "hidden_size", folder, 1, 2**20), _number(config, "num_attention_heads", folder, 1, 2**12)
     return ModelConfig(
-        vocab_size=_number(config, "vocab_size", folder, 1, 2**24),
+        vocab_size=_number(config, "vocab_size", folder, 1, MOST_PIECES),
         num_layers=_number(config, "num_hidden_layers", folder, 1, 1000),
         d_model=d_model,
         num_heads=heads,

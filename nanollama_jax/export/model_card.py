@@ -9,20 +9,27 @@ def provenance(metadata: dict[str, Any]) -> dict[str, Any]:
     """What an export says of its training; that of an imported model is what its folder said. No paths and no addresses: those may be private."""
     if metadata.get("weights_only"):
         return metadata["provenance"]
-    config = metadata["config"]
-    corpora = config.get("corpora", {})
-    if config.get("task", "pretrain") != "pretrain":
-        corpora = {name: config["tuning"][name] for name in config["data"]["sources"] if name in config["tuning"]}
     origin = {"started_from": metadata["provenance"]} if metadata.get("provenance") else {}
     return origin | {
         "phase": metadata["phase"],
         "step": metadata["step"],
         "tokens_seen": metadata["tokens_seen"],
-        "corpora": {name: corpus["licence"] for name, corpus in sorted(corpora.items())},
+        "corpora": dict(sorted(trained_on(metadata).items())),
         "tokenizer_sha256": metadata["tokenizer_sha256"],
         "data_sha256": metadata["data_sha256"],
         "git_commit": metadata["git_commit"],
     }
+
+
+def trained_on(metadata: dict[str, Any]) -> dict[str, str]:
+    """Corpus -> licence, of all that a checkpoint's steps read: in fine-tuning those of its own stage, in pre-training of all before it too."""
+    if metadata.get("weights_only"):
+        return {}
+    if "corpora" in metadata:
+        return metadata["corpora"]
+    config = metadata["config"]  # of before it was noted: what the recipe names
+    named = config.get("corpora", {}) if config.get("task", "pretrain") == "pretrain" else config["tuning"]
+    return {name: named[name]["licence"] for name in config["data"]["sources"] if name in named}
 
 
 _KINDS = {"phase": str, "step": int, "tokens_seen": int, "corpora": dict, "tokenizer_sha256": str, "data_sha256": str, "git_commit": str}
@@ -96,7 +103,8 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         "",
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        'print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=50)[0]))',
+        'prompt = tokenizer(tokenizer.bos_token + "The", add_special_tokens=False, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))",
         "```",
     ]
     return "\n".join(lines) + "\n"

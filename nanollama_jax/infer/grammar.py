@@ -21,8 +21,8 @@ _COMBINED = ("allOf", "anyOf", "oneOf")
 _JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "int": "integer", "str": "string", "bool": "boolean"}
 # What llguidance says of a schema without its keyword -> the same with it.
 _UNENFORCEABLE = {
-    "oneOf constraints are not": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
-    "Failed to generate regex for": "`minimum` or `maximum` is too large to enforce (integers: ±2^63)",
+    "oneOf constraints": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
+    "Failed to generate regex for": "`minimum` or `maximum` is too large to enforce (2^63)",
     "(?s:.{": "`minLength` or `maxLength` is too large to enforce",
     "regex parse error": "`pattern` is not a regex that can be enforced",
 }
@@ -39,7 +39,10 @@ class Grammar:
 
 
 def json_schema(schema: dict[str, Any] | str) -> Grammar:
-    """Values of a JSON schema, properties in its order. Raises `BadInput` for a keyword that cannot be enforced; none is ignored."""
+    """Values of a JSON schema, properties in its order.
+
+    Raises `BadInput` for a keyword that cannot be enforced; none is ignored.
+    """
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(parsed, dict):
@@ -55,7 +58,8 @@ def json_schema(schema: dict[str, Any] | str) -> Grammar:
 
 def regex(pattern: str) -> Grammar:
     """Texts that `pattern` matches whole, in the syntax of Rust's regex crate: no look-around, no back-references."""
-    return Grammar(LLMatcher.grammar_from_regex(_utf8(pattern)), json=False, words=_literals(pattern))
+    source = LLMatcher.grammar_from_regex(_utf8(pattern))
+    return Grammar(source, json=False, words=_literals(pattern))
 
 
 def lark(text: str) -> Grammar:
@@ -78,12 +82,15 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
     calls = []
     for number, tool in enumerate(parse_tools(list(tools))):
         parameters = {"type": "object", "properties": {}} | tool.get("parameters", {})
+        if isinstance(parameters["type"], list) and "object" in parameters["type"]:
+            parameters["type"] = "object"  # arguments are never null
         with naming(f"tool {tool['name']!r}"):
             try:
                 _enforceable(json.dumps(_json_types(parameters, "#")))
                 arguments = _json_types(parameters, f"#/anyOf/{number}/properties/arguments")
             except (ValueError, RecursionError) as error:  # llguidance limits the depth too
-                raise BadInput(f"its parameters are nested too deeply ({gist(str(error))}): flatten them") from error
+                why = f"its parameters are nested too deeply ({gist(str(error))})"
+                raise BadInput(f"{why}: flatten them") from error
         properties = {"name": {"const": tool["name"]}, "arguments": arguments}
         calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
     if not calls:
@@ -93,8 +100,8 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
 
 
 def _enforceable(schema: str) -> str:
-    """The grammar of a JSON schema's text. Raises `BadInput` that names the keyword where llguidance cannot enforce one."""
-    # A string's depth llguidance limits, a dict's not; the overrides win over the schema's own "x-guidance".
+    """The grammar of a JSON schema's text. Raises `BadInput` that names what cannot be enforced."""
+    # llguidance limits the depth of a string, not of a dict; overrides win over "x-guidance".
     source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
     if problem := LLMatcher.validate_grammar(source):
         named = next((words for found, words in _UNENFORCEABLE.items() if found in problem), "")
@@ -107,8 +114,9 @@ def _enforceable(schema: str) -> str:
 def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
     """`schema` with BFCL's types as JSON Schema's and "#" references moved to `root`.
 
-    Objects that list their properties are closed (`additionalProperties` false) unless they say otherwise. An object
-    that shares its properties with its allOf, anyOf or oneOf is closed as a whole, to the names that any of them lists.
+    Objects that list their properties are closed (`additionalProperties` false) unless they say
+    otherwise; one that shares its properties with its allOf, anyOf or oneOf is closed to the names
+    that any of them lists.
     """
     if isinstance(schema, list):
         return [_json_types(each, root, closed) for each in schema]
@@ -141,10 +149,13 @@ def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
 
 
 def _property_names(schema: Any) -> list[str] | None:
-    """The properties that a schema and its allOf, anyOf and oneOf list; None where they leave others open."""
-    if not isinstance(schema, dict) or "$ref" in schema or not isinstance(schema.get("properties", {}), dict):
+    """The properties that a schema and its allOf, anyOf and oneOf list; None if others are open."""
+    if not isinstance(schema, dict) or "$ref" in schema:
         return None
-    names = list(schema.get("properties", {}))
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        return None
+    names = list(properties)
     for parts in (schema[key] for key in _COMBINED if key in schema):
         for part in parts if isinstance(parts, list) else [None]:
             inner = _property_names(part)

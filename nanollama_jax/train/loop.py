@@ -24,7 +24,7 @@ from nanollama_jax import checkpoint, distributed, sharding
 from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
-from nanollama_jax.export.model_card import provenance
+from nanollama_jax.export.model_card import provenance, trained_on
 from nanollama_jax.files import locked
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
@@ -108,6 +108,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             log.info("%s: %s tokens seen up to step %d%s", config.name, f"{tokens_before:,}", origin_step, how)
         if origin == workdir and (changed := check_changes(before["config"], json.loads(config.to_json_best_effort()), origin_step)):
             log.warning("%s: %s", config.name, changed)
+        named = config.tuning if tuning else config.corpora  # a licence stated now, else the one prepared with
+        read = {name: named.get(name, {}).get("licence") or feed.sources[name].manifest["licence"] for name in config.data.sources}
+        inherited["corpora"] = ({} if tuning or not before else trained_on(before)) | read
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_every)
         cleanup.callback(checkpoints.close)
         read_before = {}  # source -> where earlier stages left it
@@ -368,10 +371,11 @@ def git_commit() -> str:
 
 
 def show_row(batch: pipeline.Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
-    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first documents as text,
-    special tokens by name, control characters escaped."""
+    """What the model is fed: how many tokens of a row it learns, and the beginnings of the first
+    documents as text, special tokens by name, control characters escaped."""
     tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
     found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
     found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
     learned = int(batch["loss_weights"][0].sum())
-    return f"{len(found)} segment(s), {learned:,} tokens learned: " + " | ".join(repr(tokenizer.show(ids)[:characters]) for ids in found[:documents])
+    texts = [repr(tokenizer.show(ids)[:characters]) for ids in found[:documents]]
+    return f"{len(found)} segment(s), {learned:,} tokens learned: {' | '.join(texts)}"

@@ -10,9 +10,9 @@ NOT_DECAYED = ("embedding", "scale")  # embedding table and norms; every other p
 
 
 def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """Clip by global norm (0: no clipping), Adam, decoupled weight decay of matrices (Loshchilov & Hutter,
-    arXiv:1711.05101). Updates come out unscaled: the step multiplies them by minus the learning rate of
-    the global step, which goes on counting when an update is skipped."""
+    """Clip by global norm (0: not at all), Adam, decoupled weight decay of matrices (Loshchilov & Hutter, arXiv:1711.05101).
+    Updates come out unscaled: the step multiplies them by minus the learning rate of the global step, which goes on
+    counting when an update is skipped."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),  # both without a state
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

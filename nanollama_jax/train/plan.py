@@ -7,12 +7,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nanollama_jax.config import check
-from nanollama_jax.data.prepare import token_dtype
+from nanollama_jax.data.shards import dtype_for
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.settings import MEMORY_FRACTION
 from nanollama_jax.train.memory import step_memory
 from nanollama_jax.train.metrics import PEAK_FLOPS
-from nanollama_jax.train.settle import MARGIN, check_stage, fastest_attention, small_enough, step_shape
+from nanollama_jax.train.settle import MARGIN, check_size, check_stage, fastest_attention, step_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def usable_bytes(gpu: Gpu) -> float:
 
 
 def settle_for(config: ConfigDict, gpu: Gpu, devices: int) -> tuple[ModelConfig, dict[str, int]]:
-    """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput as `settle` does."""
+    """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput."""
     check(config)
     _, fsdp = check_stage(config, devices)
     model = dict(config.model) | {"remat": "full"}
@@ -43,7 +43,9 @@ def settle_for(config: ConfigDict, gpu: Gpu, devices: int) -> tuple[ModelConfig,
         model["dtype"] = "bfloat16"
     if model["attention"] == "auto":
         model["attention"] = fastest_attention(model, gpu.capability)
-    return small_enough(ModelConfig(**model)), step_shape(config, fsdp)
+    settled = ModelConfig(**model)
+    check_size(settled)
+    return settled, step_shape(config, fsdp)
 
 
 def most_rows(model: ModelConfig, limit: float, shape: dict[str, int]) -> int:
@@ -68,15 +70,17 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 
 
 def bytes_per_token(config: ConfigDict) -> int:
-    """On disk, prepared: of text by the vocabulary, of conversations and pairs always 4 (one bit says who speaks)."""
-    return np.dtype(token_dtype(config.model.vocab_size)).itemsize if config.task == "pretrain" else 4
+    """Of prepared data, before compression. Conversations and pairs take 4: one bit says who speaks."""
+    if config.task != "pretrain":
+        return 4
+    return np.dtype(dtype_for(config.model.vocab_size)).itemsize
 
 
 def checkpoints_kept(config: ConfigDict) -> int:
     """When the stage is done: the last few, and those kept for good."""
     every, for_good = config.checkpoint.every, config.checkpoint.keep_every
     first, last = config.start_step, config.end_step
-    recent = [last, *range((last - 1) // every * every, first, -every)][: config.checkpoint.keep_last]
+    recent = [last, *range((last - 1) // every * every, first, -every)[: config.checkpoint.keep_last - 1]]
     if not for_good:
         return len(recent)
     return last // for_good - first // for_good + sum(step % for_good != 0 for step in recent)

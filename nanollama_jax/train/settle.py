@@ -1,5 +1,6 @@
-"""Settles a stage's config for this machine. What is wrong with it is found before anything is allocated, each in one line
-that says what to change: single values by nanollama_jax/config.py, and here what does not go together."""
+"""Settles a stage's config for this machine. What is wrong with it is found before anything is allocated,
+each in one line that says what to change: single values by nanollama_jax/config.py, here what does not go
+together."""
 
 import dataclasses
 import os
@@ -35,20 +36,22 @@ def settle(config: ConfigDict) -> ModelConfig:
             f"dpo: model.packed_documents={model['packed_documents']} and data.max_segments={c.data.max_segments}: attention would merge answers; "
             "make them equal"
         )
-    stats = device.memory_stats()  # a CPU has none
-    keeps_least = small_enough(ModelConfig(**model | ({"remat": "full"} if model["remat"] == "auto" else {})))
+    stats, is_auto = device.memory_stats(), model["remat"] == "auto"  # a CPU has no stats
+    settled = ModelConfig(**model | ({"remat": "full"} if is_auto else {}))
+    check_size(settled)
     available = stats["bytes_limit"] * fsdp if stats else MACHINE_BYTES * jax.process_count()
-    if (state := 12 * keeps_least.num_params) > available:
+    if (state := 12 * settled.num_params) > available:
         raise BadInput(
             f"parameters and optimizer need {state / 1e9:.1f} GB and there are {available / 1e9:.1f}: make the model smaller, or use more devices"
         )
-    if model["remat"] == "auto" and stats:
-        return dataclasses.replace(keeps_least, remat=fastest_remat(keeps_least, MARGIN * stats["bytes_limit"], **step_shape(c, fsdp)))
-    return keeps_least
+    if is_auto and stats:
+        remat = fastest_remat(settled, MARGIN * stats["bytes_limit"], **step_shape(c, fsdp))
+        return dataclasses.replace(settled, remat=remat)
+    return settled
 
 
 def check_stage(config: ConfigDict, devices: int) -> tuple[int, int]:
-    """(data, fsdp), the mesh of a stage on so many devices. Raises BadInput where two settings do not go together."""
+    """(data, fsdp), a stage's mesh on so many devices. Raises BadInput for settings that do not go together."""
     c = config
     if c.batch_size * c.seq_len != c.tokens_per_step:
         raise BadInput(
@@ -84,11 +87,10 @@ def check_stage(config: ConfigDict, devices: int) -> tuple[int, int]:
     return data, fsdp
 
 
-def small_enough(model: ModelConfig) -> ModelConfig:
-    """The same. Raises BadInput for sizes whose product is beyond any machine that this program is for."""
+def check_size(model: ModelConfig) -> None:
+    """Raises BadInput for sizes that are each allowed, and together beyond what this program is for."""
     if model.num_params > MAX_PARAMS:
         raise BadInput(f"the model has {model.num_params:.3g} parameters, at most {MAX_PARAMS:.0e} are possible: lower model.d_model or another size")
-    return model
 
 
 def step_shape(config: ConfigDict, fsdp: int) -> dict[str, int]:

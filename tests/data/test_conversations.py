@@ -177,7 +177,7 @@ def test_a_message_that_is_not_to_be_trained_on_is_context(key):
         assert learned(chat(USER, ANSWER, SECOND[0], SECOND[1] | {key: no})) == [True, False]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: False}] * 2
     assert learned({"conversations": [*turns[:3], turns[3] | {key: None}]}) == [False, True]
-    assert "all messages of the assistant say" in mistake({"conversations": turns})
+    assert "no message of the assistant is to be trained on" in mistake({"conversations": turns})
     call = CALLED | {key: 0}
     assert learned(TOOL_USE | {"messages": [USER, call, RESULT, ANSWER]}) == [False, True]
     for value in (0.5, 2, -1, "false", [0, 1], {}, float("nan")):
@@ -198,9 +198,11 @@ def test_control_that_is_not_understood_is_refused(key):
 
 
 def test_control_of_rows_and_contradictions():
-    assert "`mask_history` is True" not in mistake(chat(USER, ANSWER, mask_history=False))
-    for key in ("mask_history", "train_on_inputs", "sample_weight", "weights", "loss_mask"):
-        assert f"`{key}` is [0, 1] for the whole row, where every row counts 1: remove" in mistake(chat(USER, ANSWER, **{key: [0, 1]}))
+    for key in ("mask_history", "train_on_inputs", "masked", "weights", "loss_mask", "mask"):
+        for value in (True, 0, [0, 1])[key == "loss_mask" :]:
+            said = mistake(chat(USER, ANSWER, **{key: value}))
+            assert f"`{key}` is {value!r} for the whole row, where every row counts 1" in said
+    assert "`sample_weight` is 2" in mistake(chat(USER, ANSWER, sample_weight=2))
     assert len(messages(chat(USER, ANSWER, training_split="a", lossless=1, source_weight=3))) == 2, "not about what is learned"
     assert "message 2: `train` and `weight` contradict each other" in mistake(chat(USER, ANSWER | {"train": True, "weight": 0}))
 
@@ -269,7 +271,7 @@ def test_tags_of_thoughts_where_no_thought_is():
         assert messages(chat(USER | {"content": text}, ANSWER | {"content": text}))[1] == Message("assistant", text)
     inside = '<think>a <tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call></think>4'
     row = changed(SHAREGPT, inside, "conversations", 1, "value") | {"tools": [ADD]}
-    assert "message 2: a <tool_call> within a thought" in mistake(row)
+    assert "message 2: a <tool_call> in a thought" in mistake(row)
 
 
 def test_hermes_tools_calls_and_responses():
@@ -357,15 +359,15 @@ def test_special_tokens_in_text_are_data():
         (TOOL_USE | {"tools": 0}, "`tools` is of type int, not a list"),
         (TOOL_USE | {"tools": False}, "`tools` is of type bool, not a list"),
         (chat(USER, ANSWER, system=7), "`system` is of type int, not a string"),
-        (chat(USER, ANSWER, functions=[ADD]), "`functions` is not read, and would change what is learnt: write it as `tools`, or remove it"),
-        (chat(USER, ANSWER, thoughts="Hm."), "`thoughts` is not read, and would change what is learnt: write it as `thought`"),
+        (chat(USER, ANSWER, functions=[ADD]), "`functions` is not read, and would change what is learned: write it as `tools`, or remove it"),
+        (chat(USER, ANSWER, thoughts="Hm."), "`thoughts` is not read, and would change what is learned: write it as `thought`"),
         ({"question": "2 + 2?", "rationale": "Hm.", "answer": "4"}, "`rationale` is not read"),
-        (chat(USER, ANSWER | {"function_call": {"name": "add"}}), "message 2: `function_call` is not read, and would change what is learnt: write"),
-        (chat(USER, ANSWER | {"refusal": "No."}), "message 2: `refusal` is not read, and would change what is learnt: write it as `content`"),
+        (chat(USER, ANSWER | {"function_call": {"name": "add"}}), "message 2: `function_call` is not read, and would change what is learned: write"),
+        (chat(USER, ANSWER | {"refusal": "No."}), "message 2: `refusal` is not read, and would change what is learned: write it as `content`"),
         (chat(USER, ANSWER | {"reasoning_details": [{"text": "Hm."}]}), "message 2: `reasoning_details` is not read"),
         (
             chat(USER | {"reasoning": "Hm."}, ANSWER),
-            "message 1: `reasoning` is not read, and would change what is learnt: write it as the assistant's",
+            "message 1: `reasoning` is not read, and would change what is learned: write it as the assistant's",
         ),
         (chat(USER, ANSWER | {"reasoning": {"effort": "high"}}), "message 2: `reasoning` is of type dict, not a string"),
         (chat(USER, ANSWER | {"thought": "Hm.", "reasoning": "So."}), "`thought` and `reasoning` are different thoughts: keep one"),
@@ -549,8 +551,8 @@ def test_results_are_put_in_the_order_of_their_calls():
         ("ab", "aa", "message 4: `tool_call_id` is 'a', where one of ['b'] is due"),
         ("ab", "abb", "message 5: `tool_call_id` is 'b', where one of [] is due"),
         ("aa", "aa", "message 4: `tool_call_id` is 'a', where one of [] is due"),
-        ("ab", "b", "message 4: of the calls ['a', 'b'] not each has a result"),
-        ("ab", ["a", None], "message 5: of the calls ['a', 'b'] not each has a result"),
+        ("ab", "b", "message 4: not each of the calls ['a', 'b'] has a result"),
+        ("ab", ["a", None], "message 5: not each of the calls ['a', 'b'] has a result"),
     ):
         assert says in mistake(results_of(ids, answered))
     shared = {"conversations": [{"from": "human", "value": "a"}, results_of("ab", "")["messages"][1] | {"from": "gpt", "value": ""}]}

@@ -165,5 +165,5 @@ def test_a_shard_edited_after_it_was_written_is_named(corpus, model, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(BadInput, match=f"shard {shard} is damaged, its checksum differs: restore it, or remove"):
+    with pytest.raises(BadInput, match=f"shard {shard} is damaged or another one's, its checksum differs: restore it"):
         run(corpus, model, tmp_path / "out")

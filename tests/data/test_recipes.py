@@ -8,7 +8,7 @@ import pytest
 from configs import common, phase1, phase2_16k, phase3
 from configs.corpora import CORPORA
 from nanollama_jax import tokenizer
-from nanollama_jax.data import decontaminate, estimate, filters, near_duplicates, prepare, shards
+from nanollama_jax.data import decontaminate, estimate, filters, near_duplicates, prepare, shards, sources
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def test_documents_are_cut_or_dropped_and_their_counts_stand_in_the_manifest(mod
     source = f"file://{tmp_path}/texts.jsonl"
     dropped = run(source, model, tmp_path / "drop", **settings)
     cut = run(source, model, tmp_path / "cut", contaminated="cut", **settings)
-    found = {"gsm8k": {"items": 2, "items_found": 1, "documents": 1}}
+    found = {"gsm8k": {"items": 2, "items_found": 1, "documents": 1, "too_short": 1}}
     about = {"policy": "drop", "benchmarks": found, "documents_dropped": 1, "documents_cut": 0, "characters_removed": len(planted[0])}
     assert len(dropped["decontamination"].pop("benchmarks_sha256")) == 64
     assert dropped["decontamination"] == about
@@ -215,9 +215,26 @@ def test_estimates_of_files_come_near_what_is_there(source, texts, model, tmp_pa
     assert estimate.estimate(f"hf://{hub}", Tokenizer(model)).text_bytes == pytest.approx(total, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": null}', "the text is of type NoneType"),
+        ('{"text": ["a"]}', "the text is of type list"),
+        ('{"body": "a"}', "no field 'text': choose one of body"),
+        ('["text"]', "a line must hold a JSON object"),
+        ('{"text": "a', "malformed JSON"),
+    ],
+)
+def test_an_estimate_names_a_bad_line_past_its_sample(tmp_path, monkeypatch, line, complaint):
+    monkeypatch.setattr(estimate, "SAMPLE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 500}) + "\n") * 10 + line + "\n")
+    with pytest.raises(BadInput, match=rf"a\.jsonl:11: {complaint}"):
+        estimate.estimate(f"file://{tmp_path}/a.jsonl", None)
+
+
 def test_every_recipe_names_corpora_with_a_licence_and_benchmarks_that_can_be_read():
     for scale in common.MODELS:
         config = phase3.get_config(scale)
-        assert all(corpus.licence and corpus.url for corpus in config.corpora.values())
+        assert all(sources.licence_of(corpus.url) != sources.NOT_STATED for corpus in config.corpora.values())
         assert all(bool(url) == (scale != "nano") for url in config.data.benchmarks.values()) and len(config.data.benchmarks) == 9
         assert all(any(name.startswith(schema) for schema in decontaminate._PASSAGES) for name in config.data.benchmarks)

@@ -67,8 +67,8 @@ def test_files_are_dealt_whole_where_there_are_enough(tmp_path):
 def test_each_rank_opens_one_file_where_there_are_fewer_than_ranks(tmp_path, monkeypatch, world_size):
     for i in range(3):
         (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(20)))
-    opened, open_file = [], sources._open
-    monkeypatch.setattr(sources, "_open", lambda path: opened.append(path) or open_file(path))
+    opened, unpacked = [], sources.unpacked
+    monkeypatch.setattr(sources, "unpacked", lambda stored, path: opened.append(path) or unpacked(stored, path))
     ranks = [read_texts(f"file://{tmp_path}/*.jsonl", rank, world_size) for rank in range(world_size)]
     assert opened == [f"{tmp_path}/{rank % 3}.jsonl" for rank in range(world_size)]
     assert sorted(itertools.chain(*ranks)) == sorted(f"{i} {j}" for i in range(3) for j in range(20))
@@ -81,6 +81,86 @@ def test_home_two_double_stars_plus_and_byte_order_mark(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_texts(f"file://{tmp_path}/**/**/x.txt") == ["once"]
     assert read_texts("file://~/c++.jsonl?text=c++") == ["plus"]
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("[2024]/a.jsonl", "[2024]/*.jsonl"),
+        ("[2024]/a.jsonl", "[2024]/a.jsonl"),
+        ("x/[a] [b]/y/1.jsonl", "*/[a] [b]/**/[0-9].jsonl"),
+        ("[x/a].jsonl", "[x/*.jsonl"),
+        ("part-1.jsonl", "part-[0-9].jsonl"),
+    ],
+)
+def test_brackets_are_a_name_or_else_a_pattern(tmp_path, name, url):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"text": "x"}\n')
+    assert read_texts(f"file://{tmp_path}/{url}") == ["x"]
+
+
+def test_a_name_with_brackets_comes_before_the_pattern(tmp_path):
+    for folder in ("[12]", "1", "2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    assert read_texts(f"file://{tmp_path}/[12]/*.txt") == ["[12]"]
+    (tmp_path / "[12]/a.txt").unlink()
+    assert read_texts(f"file://{tmp_path}/[12]/*.txt") == ["1", "2"]
+    assert "rename the folder, or name its files as file://" in read_error(f"hf://{tmp_path}/[12]")
+
+
+def test_zstd_with_a_long_window_and_several_frames(tmp_path):
+    """`zstd --long=28`: a window of 256 MB, of which the decoder takes as much memory as there is content."""
+    line = json.dumps({"text": "a long window " * 10}).encode() + b"\n"
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    frame = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    packed = frame.compress(line * 1000) + frame.flush()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed + zstandard.compress(line) + packed)
+    assert len(read_texts(f"file://{path}")) == 2001
+    path.write_bytes(packed + packed[:-9])
+    assert "is cut off: it ends in the middle of a frame" in read_error(f"file://{path}")
+    path.write_bytes(packed + b"something else")
+    assert "Unknown frame descriptor" in read_error(f"file://{path}")
+
+
+def test_a_row_group_of_a_parquet_file_is_not_read_whole(tmp_path):
+    """By a process of its own, whose memory is then known: 300 MB of text in one row group."""
+    text = "".join(map(str, range(3000)))
+    writer_options = dict(row_group_size=30_000, use_dictionary=False, compression="none")
+    pa.parquet.write_table(pa.table({"text": [text] * 30_000}), tmp_path / "a.parquet", **writer_options)
+    script = (
+        "import resource; from nanollama_jax.data.sources import read_records\n"
+        f"rows = read_records('file://{tmp_path}/a.parquet', 1, 2, columns=['text'])\n"
+        "where, _ = next(rows); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(where.rpartition(':')[2], 1 + sum(1 for _ in rows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    first, count, megabytes = map(int, result.stdout.split())
+    assert (first, count) == (2, 15_000) and megabytes < 100, result.stdout
+
+
+@pytest.mark.parametrize("url", ["hf://", "hf:///", "hf://?name=x", "file://", "tfds://", "builtin://"])
+def test_a_scheme_alone_names_nothing(url):
+    assert "names nothing" in read_error(url)
+
+
+def test_a_field_of_the_hub_that_changes_its_type_late(tmp_path):
+    """Each kind fails in another place of datasets: one file read by pyarrow at once is no error, files are."""
+    for name, others in (("number", ['{"text": "b", "n": "s"}']), ("object", ['{"text": "b", "n": {"a": 1}}']), ("damaged", ["{broken"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "train-0.jsonl").write_text('{"text": "a", "n": 1}\n' * 3)
+        (folder / "train-1.jsonl").write_text("\n".join(others))
+        error = read_error(f"hf://{folder}")
+        assert f"hf://{folder} cannot be read after hf://{folder}/train/0:3 (" in error, error
+        assert f"file://{folder}/**/*.jsonl reads rows whatever their types" in error
+        if name == "damaged":
+            assert "train-1.jsonl:1: malformed JSON" in read_error(f"file://{folder}/**/*.jsonl")
+        else:
+            assert read_texts(f"file://{folder}/**/*.jsonl") == ["a", "a", "a", "b"]
 
 
 def test_half_a_surrogate_pair_is_refused_from_any_scheme(monkeypatch):

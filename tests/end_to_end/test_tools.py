@@ -2,11 +2,18 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as spm
 
+from nanollama_jax import checkpoint
+from nanollama_jax.export import gguf, hf
+from nanollama_jax.tokenizer import Tokenizer
 from tests.conftest import ROOT
+from tests.export import test_tokenizer
+from tests.export.tiny import tiny
 
 
 @pytest.fixture
@@ -111,6 +118,86 @@ def test_bad_input_is_one_line(request, run, trained, tmp_path, tool, flags, mes
     status, _, err = run(tool, *(named.get(flag, flag) for flag in flags))
     assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["", "README.md/x", "/dev/null", "tests", "/", "."])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        "decontaminate builtin://docs",
+        "evaluate --checkpoint nowhere --tasks reasoning",
+        "export_gguf --checkpoint nowhere --type f16",
+        "export_hf --checkpoint nowhere",
+        "generate --checkpoint nowhere --prompts README.md",
+        "import_hf --folder nowhere",
+        "near_duplicates builtin://docs",
+        "train_tokenizer --source builtin://docs",
+        "visualize_attention --checkpoint nowhere --text_file README.md",
+    ],
+)
+def test_where_nothing_can_be_written(run, tool, out, monkeypatch):
+    """Said before any work: none of these checkpoints exists."""
+    monkeypatch.chdir(ROOT)
+    if tool.startswith(("export_hf", "import_hf")) and out in ("tests", "/", "."):
+        pytest.skip("it writes folders")
+    flag = "--workdir" if tool.startswith("import_hf") else "--out"
+    status, _, err = run(*tool.split(), flag, out)
+    assert status == 2 and err.startswith(f"error: {flag} ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size", 2**31], "vocab_size=2147483648 must be from 1 to"),
+        (["--vocab_size", 2**24 + 1], "vocab_size=16777217 must be from 1 to"),
+        (["--vocab_size", 0], "vocab_size=0 must be from 1 to"),
+        (["--vocab_size", -5], "vocab_size=-5 must be from 1 to"),
+        (["--vocab_size", 2**24], "lower vocab_size or train on more text"),
+        (["--vocab_size", 1], "raise vocab_size"),
+        (["--max_bytes", 0], "max_bytes=0 must be at least 1"),
+        (["--max_bytes", -1], "max_bytes=-1 must be at least 1"),
+        (["--max_bytes", 1], "lower vocab_size or train on more text"),
+    ],
+)
+def test_odd_sizes_of_a_tokenizer(run, tmp_path, flags, message):
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    out = ["--source", f"file://{tmp_path}/text.txt", "--out", tmp_path / "t.model"]
+    status, _, err = run("train_tokenizer", *out, "--vocab_size", 300, "--max_bytes", 10_000, *flags)
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "t.model").exists()
+
+
+def test_exports_of_another_model_are_not_compared(run, trained, tmp_path):
+    other = tiny(Tokenizer("chat", checkpoint.load(trained).tokenizer.extended()))
+    hf.export(other, tmp_path / "hf")
+    gguf.export(other, tmp_path / "f16.gguf", "f16")
+    shutil.copytree(tmp_path / "hf", tmp_path / "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    for flags, message in (
+        (["--hf", tmp_path / "hf"], "it is another model's export"),
+        (["--gguf", tmp_path / "f16.gguf"], "it is another model's export"),
+        (["--hf", tmp_path / "damaged"], "transformers cannot read"),
+        (["--hf", trained], "is no folder that tools/export_hf.py wrote"),
+        (["--hf", tmp_path / "run"], "is no folder that tools/export_hf.py wrote"),
+        (["--gguf", tmp_path], "is no GGUF file"),
+        ([], "there is nothing to compare with"),
+    ):
+        status, _, err = run("compare_exports", "--checkpoint", trained, "--max_new_tokens", 4, *flags)
+        assert status == 2 and message in err and "Traceback" not in err, err
+        assert err.count("\n") == 1 or not flags, err
+
+
+def test_an_import_that_cannot_be_exported_says_so(run, tmp_path):
+    """An import is of use without: it can be generated with and trained on."""
+    base = test_tokenizer.model()
+    hf.export(tiny(base), tmp_path / "hf")
+    proto = spm.ModelProto.FromString(base.model_bytes)
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    (tmp_path / "hf/tokenizer.model").write_bytes(proto.SerializeToString())
+    status, out, err = run("import_hf", "--folder", tmp_path / "hf", "--workdir", tmp_path / "run")
+    assert status == 0 and "-> " in out and "note: GGUF cannot be exported from it: its tokenizer removes extra whitespace" in err
 
 
 @pytest.mark.parametrize("tool", ["generate", "export_hf", "export_gguf", "import_hf", "evaluate", "visualize_attention", "compare_exports", "chat"])

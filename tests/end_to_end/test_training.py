@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.train.metrics import read_rows
-from tests.end_to_end.conftest import SOURCES, STAGES, rows
+from tests.end_to_end.conftest import SOURCES, STAGES, TUNING, rows
 
 
 def saved_state(workdir):
@@ -78,6 +79,10 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     assert final["stages"]["phase3"]["perplexity"]["docs"] < 0.5 * final["first_validation"]["docs"]
     for path in (undisturbed / "curves.png", undisturbed / "phase1" / "curves.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+    read = {name: checkpoint.load(undisturbed / name).metadata["corpora"] for name in (*STAGES, *TUNING)}
+    assert read["phase1"] == read["phase2_16k"] == dict.fromkeys(("docs", "code", "reasoning"), "none")  # as prepared
+    assert read["phase3"] == dict.fromkeys(SOURCES, "none")
+    assert read["sft"] == {"tools": "not stated", "math": "not stated"} and read["dpo"] == {"right_or_wrong": "not stated"}
     thetas = [row["rope_theta"] for name in STAGES for row in rows(undisturbed / name).values()]
     assert thetas[:41] == [1e4] * 41 and thetas == sorted(thetas) and thetas[60:] == [5e5] * 20
     learning_rates = [row["lr"] for name in STAGES for row in rows(undisturbed / name).values()]
@@ -140,14 +145,40 @@ def test_goes_on_with_another_number_of_devices(lab, undisturbed, tmp_path):
         assert_close(tmp_path, undisturbed, name)
 
 
-def test_two_processes_train_what_one_does(lab, undisturbed, tmp_path):
+def start_two(lab, workdir, *of_second: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    extra = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    processes = [lab.start("phase1", tmp_path / "phase1", *extra, f"--process_id={i}") for i in range(2)]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    first = lab.start("phase1", workdir, *flags, "--process_id=0")
+    return [first, lab.start("phase1", workdir, *flags, "--process_id=1", *of_second)]
+
+
+def test_two_processes_that_disagree(lab, tmp_path):
+    """Another batch size gives other shapes: compared too late, it hangs."""
+    sizes = ["--config.batch_size=4", "--config.tokens_per_step=128", "--config.seed=5"]
+    processes = start_two(lab, tmp_path / "phase1", *sizes)
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.count("\n") == 1, err
+        assert "config.batch_size is 8 on process 0 and 4 on process 1" in err
+        assert "config.seed" in err
+    assert not (tmp_path / "phase1").exists()
+
+
+def test_two_processes_train_what_one_does(lab, undisturbed, tmp_path):
+    """One of them is killed on the way."""
+    processes = start_two(lab, tmp_path / "phase1")
+    wait_for_step(processes[0], tmp_path, 8)
+    processes[1].kill()
+    processes[1].communicate()
+    _, err = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1 and err.count("\n") == 1, err
+    assert err.startswith("error: process 1 of 2 is gone") and "rerun the same command" in err
+    processes = start_two(lab, tmp_path / "phase1")
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "resumed from" in outputs[0][0]
     assert "on 2 cpu (data=1, fsdp=2)" in outputs[0][0] and "phase1" not in outputs[1][0]
     assert_close(tmp_path, undisturbed, "phase1")
     # what two processes saved, one goes on with

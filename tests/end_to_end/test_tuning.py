@@ -84,6 +84,8 @@ def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
     assert_bit_identical(tmp_path / "dpo", undisturbed / "dpo")
     np.savez(path, **kept | {"weights": "0" * 64})
     shutil.rmtree(tmp_path / "dpo" / "checkpoints")
+    assert "had a checkpoint of step 8 and has none now" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
+    (tmp_path / "dpo" / "latest_checkpoint.json").unlink()
     assert "was computed with another model" in lab.run("dpo", tmp_path / "dpo", start, expect=2)
 
 

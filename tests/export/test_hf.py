@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 
@@ -20,6 +21,7 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf, hf, llama2c
 from nanollama_jax.export.compare import Transformers
 from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
+from nanollama_jax.files import write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import llama
 from nanollama_jax.model.llama import stack_layers
@@ -27,6 +29,7 @@ from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.loop import train
 from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
+from tests.export.tiny import tiny
 from tests.model.oracle import hf_names, read_stories260k
 from tests.trained import config_of
 
@@ -244,6 +247,54 @@ def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "run"], "nothing is left behind"
 
 
+def test_overwriting_removes_nothing_but_an_export(trained, tmp_path):
+    loaded = tiny(checkpoint.load(trained).tokenizer)
+    hf.export(loaded, tmp_path / "out")
+    run = checkpoint.save_weights(hf.read(tmp_path / "out"), tmp_path / "out/run")
+    with pytest.raises(BadInput, match="out holds run, which no export writes and --overwrite would remove"):
+        hf.export(checkpoint.load(run), tmp_path / "out", overwrite=True)
+    assert checkpoint.load(run)
+    for odd in ("/", "."):
+        with pytest.raises(BadInput, match="cannot be written as an export" if odd == "/" else "exists"):
+            hf.export(loaded, odd)
+    hf.export(loaded, tmp_path / "shards", shard_bytes=20_000)
+    hf.export(loaded, tmp_path / "shards", overwrite=True)
+    assert (tmp_path / "shards/model.safetensors").exists(), "an earlier export of several files"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(trained, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        loaded = tiny(checkpoint.load(trained).tokenizer)
+        hf.export(loaded, tmp_path / "one")
+        hf.export(loaded, tmp_path / "shards", shard_bytes=20_000)
+        gguf.export(loaded, tmp_path / "f16.gguf", "f16")
+        gguf.export(loaded, tmp_path / "q8_0.gguf", "q8_0")
+        checkpoint.save_weights(loaded, tmp_path / "run")
+        write_json(tmp_path / "scores.json", {})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_what_contradicts_itself_is_not_exported(loaded, tmp_path):
+    one_layer = dataclasses.replace(loaded.model, num_layers=1)
+    for changes, message in (
+        (dict(model=one_layer), r"layers_1/.* of shape None, and its weights have \("),
+        (dict(model=dataclasses.replace(loaded.model, num_layers=3)), r"layers_2/.* and its weights have None"),
+        (dict(model=dataclasses.replace(loaded.model, num_kv_heads=1)), "attention/qkv/kernel of shape"),
+        (dict(model=dataclasses.replace(loaded.model, d_model=128)), "embedding/kernel of shape"),
+        (dict(tokenizer=Tokenizer("chat", loaded.tokenizer.extended())), "the tokenizer has 1032 pieces and the model 1024"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            hf.export(dataclasses.replace(loaded, **changes), tmp_path / "out")
+        with pytest.raises(BadInput, match=message):
+            gguf.export(dataclasses.replace(loaded, **changes), tmp_path / "out.gguf", "f32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path):
     """A limit on the size of files stands for the disk's end; the real writers meet it."""
     hf.export(loaded, tmp_path / "out")
@@ -303,6 +354,18 @@ def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_pat
         assert restored_provenance(untrusted) is None
     folder = broken(exported, tmp_path / "odd", nanollama="x")
     assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
+
+
+def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(trained):
+    metadata = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text())
+    assert metadata["corpora"] == {"code": "PSF-2.0"}
+    config = metadata["config"]
+    config["corpora"]["never_read"] = {"url": "builtin://docs", "licence": "secret"}
+    metadata["corpora"] = {"code": "not stated", "books": "CC0"}  # books: of a phase before
+    card = model_card(checkpoint.load(trained).model, metadata, "float32")
+    assert "| books | CC0 |\n| code | not stated |\n" in card and "never_read" not in card and "PSF" not in card
+    before = {key: value for key, value in metadata.items() if key != "corpora"}  # an older checkpoint
+    assert provenance(before)["corpora"] == {"code": "PSF-2.0"}
 
 
 def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):

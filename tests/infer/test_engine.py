@@ -238,6 +238,10 @@ def test_bad_input(engine):
         engine.generate([[1, 1024]])
     with pytest.raises(BadInput, match="sequence 0 has 129 tokens"):
         engine.score([[1] * 129])
+    for alone in ([1, 5, 7], np.array([1, 5, 7]), "text", ["text"], [[[1, 5]]], [[1, 5], 7]):
+        with pytest.raises(BadInput, match=r"write score\(\[ids\]\)"):
+            engine.score(alone)
+    assert [len(logprobs) for logprobs in engine.score([np.array([1, 5, 7]), (1, 5)])] == [2, 1]
     with pytest.raises(BadInput, match="max_new_tokens=0"):
         engine.generate(["a"], max_new_tokens=0)
     with pytest.raises(BadInput, match="prompts is one string"):
@@ -293,6 +297,11 @@ def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "checkpoints/step_60", other)
     metadata = json.loads((other / "metadata/metadata").read_text())
     metadata["model"]["norm_eps"] = 1e-6
+    (other / "metadata/metadata").write_text(json.dumps(metadata))
+    with pytest.raises(BadInput, match="step_60 is damaged .metadata/metadata is not what was written"):
+        checkpoint.load(tmp_path / "curriculum")
+    del metadata["checksums"]  # as earlier versions wrote
+    (other / "checksums.json").unlink()
     (other / "metadata/metadata").write_text(json.dumps(metadata))
     with pytest.raises(BadInput, match=r"several models \(other, phase1\)"):
         checkpoint.load(tmp_path / "curriculum")

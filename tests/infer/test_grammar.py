@@ -344,6 +344,13 @@ def test_objects_with_listed_properties_invent_no_keys(base, rng, schema):
     assert keys and keys <= {"a", "b"}
 
 
+def test_arguments_are_an_object_also_where_the_schema_allows_null(base, rng):
+    parameters = {"type": ["null", "object"], "properties": A | B}
+    grammar = tool_call([{"name": "f", "parameters": parameters}])
+    found = [json.loads(base.text(grammar, 60, rng))["arguments"] for _ in range(30)]
+    assert {key for each in found for key in each} == {"a", "b"}
+
+
 def test_an_object_that_lists_nothing_or_says_so_is_open(base, rng):
     for schema in ({"type": "object"}, {"type": ["object", "null"], "properties": A, "additionalProperties": {"type": "integer"}}):
         grammar = tool_call([{"name": "f", "parameters": {"type": "object", "properties": {"x": schema}, "required": ["x"]}}])

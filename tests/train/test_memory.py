@@ -125,8 +125,10 @@ def test_the_tool_prints_a_plan():
 
 def test_the_tool_refuses_in_one_line():
     for flags, words in (
-        (("--devices", "3"), "cannot be split over --devices=3"),
+        (("--devices", "3"), "cannot be split over 3 device(s)"),
         (("--compile", "no-such-file"), "no-such-file: No such file"),
+        (("--mfu", "nan"), "--mfu=nan"),
+        (("--config.seq_len=0", "--config.mesh.data=0", "--config.checkpoint.every=0"), "seq_len=0: must be a whole number from 2"),
         (("--remat", "qkv"), "--remat goes with --compile"),
         (("--remat", "dots", "--compile", "any"), "should be one of <full|attention|qkv|gate_up|products|none>"),
     ):

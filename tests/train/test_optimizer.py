@@ -48,6 +48,18 @@ def test_weight_decay_is_on_matrices_only():
     }
 
 
+@pytest.mark.parametrize(("clip_norm", "factor"), [(0, 1.0), (0.0, 1.0), (5.0, 0.5), (10.0, 1.0), (1e6, 1.0)])
+def test_clip_norm_scales_gradients_down_and_0_leaves_them(clip_norm, factor):
+    """With b1=b2=0 and a huge eps, Adam's updates are the gradients over eps."""
+    grads = {"kernel": np.array([6.0, 8.0], np.float32)}  # of norm 10
+    adamw = optimizer.make_optimizer(b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0, clip_norm=clip_norm)
+    state = adamw.init(grads)
+    updates, _ = adamw.update(grads, state, grads)
+    np.testing.assert_allclose(updates["kernel"] * 1e6, factor * grads["kernel"], rtol=1e-4)
+    clipped = optimizer.make_optimizer(b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0, clip_norm=1.0).init(grads)
+    assert jax.tree.structure(state) == jax.tree.structure(clipped)  # a run may turn it on or off
+
+
 @pytest.mark.parametrize("scale", common.MODELS)
 def test_every_scale_has_the_recipe_proportions(scale):
     config = get_config(scale)
