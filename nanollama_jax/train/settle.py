@@ -25,7 +25,7 @@ def settle(config: ConfigDict) -> ModelConfig:
     check(config)
     _, fsdp = check_stage(config, jax.device_count())
     c = config
-    model, device = dict(c.model), jax.devices()[0]
+    model, device = dict(c.model), jax.local_devices()[0]  # another process's gives no memory_stats
     if model["dtype"] == "auto":
         model["dtype"] = "bfloat16" if device.platform == "gpu" else "float32"
     if model["attention"] == "auto":
