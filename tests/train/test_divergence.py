@@ -1,4 +1,4 @@
-"""When a run counts as diverged; what a stop says. tests/end_to_end/test_divergence.py has whole runs."""
+"""When a run counts as diverged; what a stop says. tests/end_to_end/test_stopping.py has whole runs."""
 
 import math
 

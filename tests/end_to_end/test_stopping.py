@@ -1,4 +1,6 @@
-"""A run that diverges, or resumes from a damaged checkpoint, stops each time it is started, and its good checkpoints stay. In this process."""
+"""A run that diverges, or resumes from a damaged checkpoint, stops each time it is started, and its good checkpoints stay; what signals and kills
+leave on record. In this process, for speed: tests/end_to_end/test_training.py sends signals to others.
+"""
 
 import math
 import os
@@ -10,6 +12,7 @@ import pytest
 
 from nanollama_jax import curriculum
 from nanollama_jax.checkpoint import Checkpoints
+from nanollama_jax.data import finetuning
 from nanollama_jax.errors import RunStopped
 from nanollama_jax.train import metrics
 from nanollama_jax.train.loop import train
@@ -118,3 +121,23 @@ def test_a_signal_during_validation_takes_effect_at_once(lab, tmp_path, monkeypa
     for _ in range(2):
         assert train(lab.config("phase1", *short), tmp_path).finished
         assert validated() == [0, 3]
+
+
+def test_fine_tuning_killed_before_its_first_checkpoint_starts_again(lab, at_18, tmp_path, capfd):
+    """Step 0's validation was twice on record, and the log called the base model's step 18 step 0."""
+    theta = ("--config.rope.start_theta=10000.0", "--config.rope.end_theta=10000.0")
+    config = lab.config("sft", *theta, f"--config.init_from={at_18}", "--config.end_step=1", "--config.samples.every=0")
+    finetuning.prepare_stage(config)
+
+    def kill(*_):
+        raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, tmp_path)
+    before = metrics.read_rows(tmp_path / "metrics.jsonl")
+    train(config, tmp_path)
+    rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [row["step"] for row in before] == [0, 1, 1] and rows[0] == before[0]
+    assert f"weights from step 18 of {at_18}" in capfd.readouterr().out
