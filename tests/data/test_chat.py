@@ -105,7 +105,8 @@ def test_what_transformers_says_the_assistant_said(tokenizer, theirs, shared_dat
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
         starts = np.flatnonzero(np.diff(encoded.learnt.astype(int)) == 1) + 1  # of each answer
         for number, start in zip(answers[:3], starts, strict=False):
-            untrained = [dataclasses.replace(message, learned=at != number) for at, message in enumerate(messages)]
+            untrained = list(messages)
+            untrained[number] = dataclasses.replace(messages[number], learned=False)
             left = np.array(found["assistant_masks"], bool)
             left[start : start + np.argmin(encoded.learnt[start:])] = False
             assert np.array_equal(chat.encode(untrained, tokenizer, tools).learnt, left)

@@ -14,18 +14,20 @@ from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import loop
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+USER, ANSWER = GOOD["messages"]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 TOOLS = [{"name": "now", "parameters": {}}]
 BAD = {
     "no message is the assistant's": {"messages": [{"role": "user", "content": "a"}]},
     "user after user, where assistant is expected": {"messages": [GOOD["messages"][0], GOOD["messages"][0]]},
     "is not JSON": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "now", "arguments": "{"}]}], "tools": TOOLS},
     "not among the tools": {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"name": "x", "arguments": {}}]}], "tools": TOOLS},
-    "no message of the assistant is to be trained on": {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"train": False}]},
-    "`loss_scale` is 'last_round', which is not understood": {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"loss_scale": "last_round"}]},
-    "a thought is read between one <think> and one </think>": {"question": "a", "answer": "<think>b"},
-    "has `args` but no `parameters`": {**GOOD, "tools": [{"name": "now", "args": {"a": {"type": "string"}}}]},
-    "contradicts the labels": {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2},
-    "which is a tie": {"prompt": "a", "chosen": "b", "rejected": "c", "chosen-rating": 4.0, "rejected-rating": 4},
+    "no message of the assistant is to be trained on": {"messages": [USER, ANSWER | {"train": False}]},
+    "`loss_scale` is 2, which is not understood": {"messages": [USER, ANSWER | {"loss_scale": 2}]},
+    "a thought is read between one <think>": {"question": "a", "answer": "<think>b"},
+    "has `args` but no `parameters`": GOOD | {"tools": [{"name": "now", "args": {"a": {}}}]},
+    "contradicts the labels": PAIR | {"score_chosen": 1, "score_rejected": 2},
+    "which is a tie": PAIR | {"chosen-rating": 4.0, "rejected-rating": 4},
     "`chosen` equals `rejected`:": {"prompt": "a", "chosen": "b", "rejected": "b"},
     "`chosen` equals `rejected` but for whitespace": {"prompt": "a", "chosen": "b", "rejected": "b\n"},
 }
@@ -94,9 +96,10 @@ def test_a_pair_is_chosen_then_rejected_and_has_its_tools(tokenizer, tmp_path):
 
 def test_what_is_not_to_be_trained_on_weighs_nothing(tokenizer, tmp_path):
     """From the file through the record to the row and to what the log shows of it."""
-    first, second = ([{"role": "user", "content": f"a{at}"}, {"role": "assistant", "content": f"b{at}", "thought": "c"}] for at in range(2))
-    made = [{"messages": [*first, *second]}, {"messages": [first[0], first[1] | {"train": False}, *second]}]
-    made.append({"conversations": [*first, second[0], second[1] | {"weight": 0}]})
+    a0, a1 = (USER | {"content": f"a{i}"} for i in range(2))
+    b0, b1 = (ANSWER | {"content": f"b{i}", "thought": "c"} for i in range(2))
+    made = [{"messages": [a0, b0, a1, b1]}, {"messages": [a0, b0 | {"train": False}, a1, b1]}]
+    made.append({"conversations": [a0, b0, a1, b1 | {"weight": 0}]})
     prepare(tmp_path, tokenizer, made)
     whole = opened(tmp_path, tokenizer, "conversations")
     ((row, *others), said) = [whole[number] for number in range(len(whole))], []
@@ -104,17 +107,19 @@ def test_what_is_not_to_be_trained_on_weighs_nothing(tokenizer, tmp_path):
     for segment in (1, 2, 3):
         targets = row["targets"][(row["segment_ids"] == segment) & (row["loss_weights"] == 1)]
         said.append(tokenizer.show(targets.tolist()))
-    answers = [f"<|start_thought|>c<|end_thought|>b{at}<|im_end|>" for at in range(2)]
+    answers = [f"<|start_thought|>c<|end_thought|>b{i}<|im_end|>" for i in range(2)]
     assert sorted(said) == sorted(["".join(answers), *answers])
-    learned = 4 * len(tokenizer.encode("c")) + 4 * 3 + 2 * sum(len(tokenizer.encode(f"b{at}")) for at in range(2))
+    special, text = 3, tokenizer.encode("c") + tokenizer.encode("b0")  # of each of four answers
+    learned = 4 * (special + len(text))
     shown = loop.show_row({name: array[None] for name, array in row.items()}, tokenizer)
     assert shown.startswith(f"3 segment(s), {learned} tokens learned: '<s><|im_start|>user")
 
 
 def test_of_a_pair_too(tokenizer, tmp_path):
-    calls = [{"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}], "train": False}, {"role": "tool", "content": "12:00"}]
-    chosen = [*calls, {"role": "assistant", "content": "x"}]
-    prepare(tmp_path, tokenizer, [{"prompt": "a", "chosen": chosen, "rejected": "y", "tools": TOOLS}], kind="preferences")
+    call = {"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}], "train": False}
+    chosen = [call, {"role": "tool", "content": "12:00"}, ANSWER | {"content": "x"}]
+    made = [PAIR | {"chosen": chosen, "rejected": "y", "tools": TOOLS}]
+    prepare(tmp_path, tokenizer, made, kind="preferences")
     sides = opened(tmp_path, tokenizer, "preferences").units[0]
     said = [tokenizer.show((side[side >> 31 == 1] & ~finetuning.SAID).tolist()) for side in sides]
     assert said == ["x<|im_end|>", "y<|im_end|>"]
@@ -148,7 +153,7 @@ def test_one_question_is_on_one_side(tokenizer, tmp_path):
 @pytest.mark.parametrize("mistake", BAD)
 def test_a_bad_row_is_named(tokenizer, tmp_path, mistake):
     pairs = "chosen" in BAD[mistake]
-    made = [{"prompt": "a", "chosen": "b", "rejected": "c"} if pairs else GOOD, BAD[mistake]]
+    made = [PAIR if pairs else GOOD, BAD[mistake]]
     with pytest.raises(BadInput) as caught:
         prepare(tmp_path, tokenizer, made, kind="preferences" if pairs else "conversations")
     said = str(caught.value)
@@ -161,9 +166,9 @@ def test_what_is_left_out_is_counted_and_named(tokenizer, tmp_path, capsys):
     long = {"question": "ab" * 200, "answer": "b"}
     manifest = prepare(tmp_path, tokenizer, [GOOD, long, BAD["is not JSON"], *[GOOD] * 3], bad_rows="skip")
     (tmp_path / "pairs").mkdir()
-    pairs = [row for row in BAD.values() if "chosen" in row] + [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    counts = prepare(tmp_path / "pairs", tokenizer, pairs, kind="preferences", bad_rows="skip")["left_out"]
-    assert counts == {"bad": 4, "too long": 0, "contaminated": 0}
+    pairs = [PAIR, *(row for row in BAD.values() if "chosen" in row)]
+    found = prepare(tmp_path / "pairs", tokenizer, pairs, kind="preferences", bad_rows="skip")
+    assert found["left_out"] == {"bad": 4, "too long": 0, "contaminated": 0}
     assert manifest["left_out"] == {"bad": 1, "too long": 1, "contaminated": 0} and manifest["splits"]["train"]["documents"] == 4
     named = (tmp_path / "chats" / "left_out.txt").read_text().splitlines()
     assert "rows.jsonl:3: " in named[0] and "rows.jsonl:2: " in named[1] and "where seq_len is 128" in named[1]

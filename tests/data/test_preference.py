@@ -90,17 +90,24 @@ def test_thoughts_and_tool_calls():
     assert found.rejected == (Message("assistant", "4", "Easy."),)
 
 
+def bad(**fields) -> str:
+    return mistake(TEXTS | fields, parse_preference)
+
+
 def test_what_is_not_trained_on_is_context_in_pairs_too():
+    trained = [USER, ANSWER, USER]
     turns = [USER, ANSWER | {"train": False}, USER]
     for side in ("chosen", "rejected"):
         record = {"chosen": [*turns, ANSWER], "rejected": [*turns, WRONG]}
-        assert parse_preference(record | {side: [USER, ANSWER, USER, record[side][-1]]}, "x:1") == parse_preference(record, "x:1")
+        expected = parse_preference(record, "x:1")
+        assert parse_preference(record | {side: [*trained, record[side][-1]]}, "x:1") == expected
         record[side][-1] = record[side][-1] | {"weight": 0}
         record[side][1] = ANSWER
-        assert f"`{side}`: its answer is not to be trained on: remove the row" in mistake(record, parse_preference)
+        said = mistake(record, parse_preference)
+        assert f"`{side}`: its answer is not to be trained on: remove the row" in said
     calls = [CALLED | {"train": 0}, RESULT, ANSWER]
-    found = parse_preference({"prompt": "2 + 2?", "chosen": calls, "rejected": "5", "tools": [ADD]}, "x:1")
-    assert [message.learned for message in found.chosen if message.role == "assistant"] == [False, True]
+    found = parse_preference(TEXTS | {"chosen": calls, "tools": [ADD]}, "x:1").chosen
+    assert [each.learned for each in found if each.role == "assistant"] == [False, True]
 
 
 SCORES = [
@@ -119,26 +126,28 @@ def test_scores_must_agree_with_the_labels(chosen, rejected):
     for better, worse in ((8, 7), (8.0, -1.5), (1e-9, 0), (None, 9), (9, None)):
         assert parse_preference(TEXTS | {chosen: better, rejected: worse}, "x:1") == PAIR
     assert parse_preference(TEXTS | {chosen: 1}, "x:1") == PAIR, "nothing to compare it with"
-    said = mistake(TEXTS | {chosen: 3, rejected: 7.5}, parse_preference)
-    assert f"`{chosen}` is 3 and `{rejected}` is 7.5, which contradicts the labels: correct or remove the row" in said
+    said = bad(**{chosen: 3, rejected: 7.5})
+    assert f"`{chosen}` is 3 and `{rejected}` is 7.5, which contradicts the labels: correct" in said
     for tie in (0, 5.0):
-        assert f"`{rejected}` is {tie}, which is a tie" in mistake(TEXTS | {chosen: tie, rejected: tie}, parse_preference)
-    for bad in (float("nan"), float("inf"), "8", True, [8], {"helpful": 3}):
+        assert f"`{rejected}` is {tie}, which is a tie" in bad(**{chosen: tie, rejected: tie})
+    for value in (float("nan"), float("inf"), "8", True, [8], {"helpful": 3}):
         for key, other in ((chosen, rejected), (rejected, chosen)):
-            assert f"`{key}` is {bad!r}, not a finite number" in mistake(TEXTS | {key: bad, other: 5}, parse_preference)
+            assert f"`{key}` is {value!r}, not a finite number" in bad(**{key: value, other: 5})
 
 
 def test_margins_ranks_and_what_is_no_score():
     for key in ("margin", "score_diff", "reward_margin"):
         assert parse_preference(TEXTS | {key: 0.5}, "x:1") == PAIR
-        assert f"`{key}` is 0, which is a tie" in mistake(TEXTS | {key: 0}, parse_preference)
-        assert f"`{key}` is -2, which contradicts the labels" in mistake(TEXTS | {key: -2}, parse_preference)
-        assert f"`{key}` is 'large', not a finite number" in mistake(TEXTS | {key: "large"}, parse_preference)
-    assert parse_preference(TEXTS | {"chosen_rank": 1, "rejected_rank": 4}, "x:1") == PAIR, "the first is the best"
-    assert "contradicts the labels" in mistake(TEXTS | {"rank_chosen": 4, "rank_rejected": 1}, parse_preference)
-    others = {"chosen-model": "a", "chosen_generating_model": "b", "chosen_length": 9, "rejected_length": 10, "score": "good"}
+        assert f"`{key}` is 0, which is a tie" in bad(**{key: 0})
+        assert f"`{key}` is -2, which contradicts the labels" in bad(**{key: -2})
+        assert f"`{key}` is 'large', not a finite number" in bad(**{key: "large"})
+    ranked = TEXTS | {"chosen_rank": 1, "rejected_rank": 4}
+    assert parse_preference(ranked, "x:1") == PAIR, "the first is the best"
+    assert "contradicts the labels" in bad(rank_chosen=4, rank_rejected=1)
+    others = {"chosen-model": "a", "chosen_generating_model": "b", "score": "good"}
+    others |= {"chosen_length": 9, "rejected_length": 10}
     assert parse_preference(TEXTS | others, "x:1") == PAIR
-    assert "`chosen` equals" in mistake(TEXTS | {"rejected": "4", "score_chosen": 8, "score_rejected": 7}, parse_preference)
+    assert "`chosen` equals" in bad(rejected="4", score_chosen=8, score_rejected=7)
 
 
 def test_a_row_is_told_by_its_keys():
@@ -183,9 +192,9 @@ def test_a_row_is_told_by_its_keys():
         (TEXTS | {"chosen": [CALLED]}, "`chosen`: message 2: a tool call of 'add', which is not among the tools []"),
         (TEXTS | {"tools": "add"}, "`tools` is not JSON"),
         (TEXTS | {"functions": [ADD]}, "`functions` is not read, and would change what is learned: write it as `tools`"),
-        (TEXTS | {"chosen": [ANSWER | {"weight": 0}]}, "`chosen`: no message of the assistant is to be trained on"),
-        (TEXTS | {"rejected": [WRONG | {"train_detail": []}]}, "`rejected`: message 2: `train_detail` is [], which is not understood"),
-        (TEXTS | {"weight": 2.0}, "`weight` is 2.0 for the whole row, where every row counts 1: remove the row, or `weight`"),
+        (TEXTS | {"chosen": [ANSWER | {"weight": 0}]}, "`chosen`: no message of the assistant is to"),
+        (TEXTS | {"rejected": [WRONG | {"train_detail": []}]}, "`rejected`: message 2: `train_detail`"),
+        (TEXTS | {"weight": 2.0}, "`weight` is 2.0 for the whole row, where every row counts 1"),
         (TEXTS | {"prompt": "Be kind.\n\nHuman: a"}, "`chosen`: the prompt holds a transcript's turns but does not begin with `Human:`"),
         (TEXTS | {"prompt": "a\r\n\r\nAssistant:"}, "`chosen`: the prompt holds a transcript's turns but does not begin with `Human:`"),
     ],

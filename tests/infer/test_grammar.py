@@ -249,7 +249,12 @@ for _ in range(3000):
 NESTED: dict = {}
 for _ in range(150):
     NESTED = {"items": NESTED}
+OVERLAPPING = [{"type": "integer"}, {"type": "number"}]
 TOOL = {"name": "f", "parameters": {"type": "dict", "properties": {"a": {"type": "float"}}}}
+
+
+def with_parameters(parameters) -> Grammar:
+    return tool_call([TOOL | {"parameters": parameters}])
 
 
 @pytest.mark.parametrize(
@@ -274,13 +279,13 @@ TOOL = {"name": "f", "parameters": {"type": "dict", "properties": {"a": {"type":
         (lambda: tool_call([]), "no tool"),
         (lambda: tool_call([TOOL, {"function": TOOL}]), "tool 2: another is named 'f': rename one"),
         (lambda: tool_call([{"parameters": {}}]), "tool 1: `name` is missing"),
-        (lambda: tool_call([TOOL | {"parameters": "x"}]), "tool 1: `parameters` is of type str, not an object"),
-        (lambda: tool_call([TOOL | {"parameters": {"a": {"type": "float"}}}]), "tool 1: `parameters` is not the JSON schema of an object"),
-        (lambda: tool_call([{"name": "f", "args": {"a": {"type": "float"}}}]), "tool 1: it has `args` but no `parameters`"),
-        (lambda: tool_call([TOOL | {"parameters": {"type": "HashMap"}}]), "tool 'f': Invalid type: HashMap"),
-        (lambda: tool_call([TOOL | {"parameters": {"type": "object"} | DEEP}]), "`tools` is not JSON"),
-        (lambda: tool_call([TOOL | {"parameters": {"type": "object"} | NESTED}]), "tool 'f': its parameters are nested too deeply"),
-        (lambda: json_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "JSON schema: `oneOf` has branches that overlap"),
+        (lambda: with_parameters("x"), "tool 1: `parameters` is of type str, not an object"),
+        (lambda: with_parameters({"a": {"type": "float"}}), "`parameters` is not the JSON schema of an"),
+        (lambda: tool_call([{"name": "f", "args": {"a": {}}}]), "it has `args` but no `parameters`"),
+        (lambda: with_parameters({"type": "HashMap"}), "tool 'f': Invalid type: HashMap"),
+        (lambda: with_parameters({"type": "object"} | DEEP), "`tools` is not JSON"),
+        (lambda: with_parameters({"type": "object"} | NESTED), "tool 'f': its parameters are nested"),
+        (lambda: json_schema({"oneOf": OVERLAPPING}), "JSON schema: `oneOf` has branches that overlap"),
     ],
 )
 def test_a_bad_grammar_is_one_line(base, make, message):
@@ -292,14 +297,14 @@ def test_a_bad_grammar_is_one_line(base, make, message):
 @pytest.mark.parametrize(
     ("property_schema", "says"),
     [
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "`oneOf` has branches that overlap, where `anyOf` could be enforced"),
+        ({"oneOf": OVERLAPPING}, "`oneOf` has branches that overlap, where `anyOf` could be enforced"),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "`oneOf` has"),
         ({"type": "string", "format": "phone"}, "`format` 'phone' cannot be enforced"),
         ({"type": "string", "format": 7}, "Expected string for 'format', got 7"),
-        ({"type": "integer", "minimum": -(2**63)}, "`minimum` or `maximum` is too large to enforce"),
-        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "`minimum` or `maximum` is too large"),
+        ({"type": "integer", "minimum": -(2**63)}, "`minimum` or `maximum` is too large to enf"),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "`minimum` or `maximum` is"),
         ({"type": "integer", "exclusiveMinimum": 2**63}, "`minimum` or `maximum` is too large"),
-        ({"type": "number", "minimum": -(2**63), "maximum": 2**63}, "`minimum` or `maximum` is too large"),
+        ({"type": "number", "minimum": -(2**63), "maximum": 2**63}, "`minimum` or `maximum` is too"),
         ({"type": "number", "minimum": 1e308}, "`minimum` or `maximum` is too large"),
         ({"type": "string", "maxLength": 2**63}, "`minLength` or `maxLength` is too large"),
         ({"type": "string", "pattern": "(?=a)b"}, "`pattern` is not a regex that can be enforced"),
@@ -309,12 +314,15 @@ def test_a_bad_grammar_is_one_line(base, make, message):
     ],
 )
 def test_what_cannot_be_enforced_names_the_tool_and_the_keyword(base, property_schema, says):
-    bad = {"name": "bad", "inputSchema": {"type": "object", "properties": {"a": property_schema}}}
+    def tool(schema):
+        return {"name": "bad", "inputSchema": {"type": "object", "properties": {"a": schema}}}
+
+    bad = tool(property_schema)
     for tools in ([TOOL, bad], [bad, TOOL]):
         with pytest.raises(BadInput, match=re.escape(f"tool 'bad': {says}")) as raised:
             tool_call(tools)
         assert str(raised.value).endswith(": change or remove it") and "\n" not in str(raised.value)
-    base.grammars.compile(tool_call([TOOL, bad | {"inputSchema": {"type": "object", "properties": {"a": {"type": "integer", "minimum": -(2**62)}}}}]))
+    base.grammars.compile(tool_call([TOOL, tool({"type": "integer", "minimum": -(2**62)})]))
 
 
 A, B = {"a": {"type": "integer"}}, {"b": {"type": "boolean"}}
@@ -324,7 +332,7 @@ CLOSED = [
     {"properties": A | B, "required": ["b"]},
     {"type": "object", "properties": A | B, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
     {"type": "object", "properties": A, "allOf": [{"properties": B, "required": ["b"]}]},
-    {"allOf": [{"type": "object", "properties": A, "required": ["a"]}, {"type": "object", "properties": B}]},
+    {"allOf": [{"type": "object", "properties": A, "required": ["a"]}, {"properties": B}]},
     {"anyOf": [{"type": "object", "properties": A}, {"type": "null"}]},
     {"type": "array", "items": {"type": ["null", "object"], "properties": B}, "minItems": 1},
     {"anyOf": [{"$ref": "#/$defs/x"}, {"type": "null"}]},
@@ -333,7 +341,8 @@ CLOSED = [
 
 @pytest.mark.parametrize("schema", CLOSED, ids=range(len(CLOSED)))
 def test_objects_with_listed_properties_invent_no_keys(base, rng, schema):
-    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"], "$defs": {"x": {"type": ["object"], "properties": A}}}
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    parameters["$defs"] = {"x": {"type": ["object"], "properties": A}}
     real = json.loads(json.dumps(parameters).replace('"dict"', '"object"'))
     grammar, keys = tool_call([{"name": "f", "parameters": parameters}]), set()
     for _ in range(40):
@@ -352,8 +361,10 @@ def test_arguments_are_an_object_also_where_the_schema_allows_null(base, rng):
 
 
 def test_an_object_that_lists_nothing_or_says_so_is_open(base, rng):
-    for schema in ({"type": "object"}, {"type": ["object", "null"], "properties": A, "additionalProperties": {"type": "integer"}}):
-        grammar = tool_call([{"name": "f", "parameters": {"type": "object", "properties": {"x": schema}, "required": ["x"]}}])
+    says_so = {"type": ["object", "null"], "properties": A, "additionalProperties": A["a"]}
+    for schema in ({"type": "object"}, says_so):
+        parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+        grammar = tool_call([{"name": "f", "parameters": parameters}])
         found = [json.loads(base.text(grammar, 60, rng))["arguments"]["x"] for _ in range(20)]
         assert {key for each in found for key in each or ()} - {"a"}
 
