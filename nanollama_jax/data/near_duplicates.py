@@ -1,5 +1,6 @@
 """Finds near-duplicate documents within and across sources, by MinHash (Broder 1997), and reports which to leave out when they are prepared.
 
+Words are those of data/decontaminate.py: in Chinese and other scripts without spaces, letters.
 Two documents are duplicates if at least `threshold` of the word 5-grams that either has are in both: their Jaccard similarity, estimated from
 256 hashes (standard deviation at 0.8: 0.018 to 0.025). Duplicates of duplicates are one cluster, of which the first document is kept; of texts
 under five words only exact copies count. Signatures wait on disk beside the report, 0.9 GB per million documents, and are compared in one

@@ -50,7 +50,7 @@ def exact_jaccards(texts: list[str]) -> dict[tuple[int, int], float]:
     """By brute force, of sets of strings."""
     shingles = []
     for text in texts:
-        words = text.lower().replace(",", " ").replace(".", " ").split()
+        words = text.lower().replace(",", " ").replace(".", " ").replace("漢", " 漢 ").split()
         shingles.append({tuple(words[at : at + 5]) for at in range(len(words) - 4)})
     return {(a, b): len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b]) for a, b in itertools.combinations(range(len(texts)), 2)}
 
