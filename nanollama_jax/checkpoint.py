@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,8 +30,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
-from nanollama_jax.model import Llama, ModelConfig
-from nanollama_jax.model.llama import unstack_layers
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import param_shapes, unstack_layers
 from nanollama_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("nanollama")
@@ -332,10 +331,7 @@ def load(path: str | os.PathLike) -> Loaded:
 
 def _check_shapes(model: dict[str, Any], params: Any) -> None:
     """Raises ValueError if the model that the metadata describes has other parameters than these (ShapeDtypeStructs)."""
-    module = Llama(ModelConfig(**model | dict(scan_layers="layers" in params, attention="xla", remat="none")))
-    ids = np.zeros((1, 8), np.int32)
-    # Unboxed inside: within a mesh this constrains the sharding, which a bare shape has not.
-    described = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), ids, ids, ids, np.float32(1e4))["params"]))
+    described = param_shapes(ModelConfig(**model | dict(scan_layers="layers" in params)))
     described, stored = (
         {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (described, params)
     )

@@ -15,9 +15,7 @@ import re
 import shutil
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -28,7 +26,8 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
 from nanollama_jax.export.tokenizer_json import chat_templates, import_chat_templates, tokenizer_files
 from nanollama_jax.files import output_path
-from nanollama_jax.model import Llama, ModelConfig
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import param_shapes
 from nanollama_jax.tokenizer import MOST_PIECES, Tokenizer
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -143,13 +142,6 @@ def write_safetensors(loaded: checkpoint.Loaded, folder: pathlib.Path, dtype: An
     if not one:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def param_shapes(model: ModelConfig) -> Any:
-    """The parameters' shapes (jax.ShapeDtypeStruct), layers unrolled if `model` says so."""
-    dummy = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    init = jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jax.ShapeDtypeStruct((), jnp.float32))
-    return nn.meta.unbox(init)["params"]
 
 
 def check_whole(loaded: checkpoint.Loaded) -> None:

@@ -2,6 +2,7 @@
 full-size logits never exist in training (`train/losses.py`); `logits` is for everything else.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -206,6 +207,14 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     num_layers = params["layers"]["ffn_norm"]["scale"].shape[0]
     layers = {f"layers_{i}": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"]) for i in range(num_layers)}
     return {name: value for name, value in params.items() if name != "layers"} | layers
+
+
+def param_shapes(model: ModelConfig) -> Any:
+    """The parameters of a model as jax.ShapeDtypeStructs; nothing is computed."""
+    ids = np.zeros((1, 8), np.int32)
+    init = Llama(dataclasses.replace(model, attention="xla", remat="none")).init
+    # Unboxed inside: outside, within a mesh, it would constrain the sharding of what has none
+    return jax.eval_shape(lambda: nn.meta.unbox(init(jax.random.key(0), ids, ids, ids, np.float32(10_000))["params"]))
 
 
 def stack_layers(params: dict[str, Any], num_layers: int) -> dict[str, Any]:

@@ -77,10 +77,10 @@ def bytes_per_token(config: ConfigDict) -> int:
 
 
 def checkpoints_kept(config: ConfigDict) -> int:
-    """When the stage is done: the last few, and those kept for good."""
+    """At most, when the stage is done: the last few, those kept for good, and the one validated best."""
     every, for_good = config.checkpoint.every, config.checkpoint.keep_every
     first, last = config.start_step, config.end_step
     recent = [last, *range((last - 1) // every * every, first, -every)[: config.checkpoint.keep_last - 1]]
     if not for_good:
-        return len(recent)
-    return last // for_good - first // for_good + sum(step % for_good != 0 for step in recent)
+        return len(recent) + 1
+    return 1 + last // for_good - first // for_good + sum(step % for_good != 0 for step in recent)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from nanollama_jax import checkpoint
-from nanollama_jax.export.hf import param_shapes
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.model.llama import param_shapes
 from nanollama_jax.tokenizer import Tokenizer
 
 
