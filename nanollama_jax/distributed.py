@@ -23,7 +23,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput, RunStopped
+from nanollama_jax.process import say
 
 CONNECT_S = 300  # within this all processes must have arrived
 JAX_HEARTBEAT_S = 600  # jax's own verdict on a silent process, an abort: ours comes long before it
@@ -226,8 +228,7 @@ class Links:
         """Ends this process, and before it, if it is process 0, the others."""
         if self._ending.acquire(blocking=False):
             self._end_others(text, code)
-            with contextlib.suppress(OSError):  # a closed terminal must not keep it alive
-                print(f"error: {text}", file=sys.stderr)
+            say(f"error: {text}")
             _exit(code)
 
     def _end_others(self, text: str, code: int) -> None:
@@ -306,7 +307,7 @@ class _Waiting:
                 "--coordinator and --num_processes, and let all hosts reach that port"
             )
         if waited_s > self._say_at_s:
-            print(f"waiting for {awaited} ({waited_s:.0f} s)", flush=True)
+            console.print(f"waiting for {awaited} ({waited_s:.0f} s)")
             self._say_at_s = waited_s + 30
 
 

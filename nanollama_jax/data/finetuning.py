@@ -53,7 +53,7 @@ def prepare(
         settings["files_sha256"] = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
     if manifest := finished(out_dir, settings):
         if gone:
-            print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used", flush=True)
+            console.print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used")
         return manifest
     chat.check_tokenizer(tokenizer)
     out_dir.mkdir(parents=True, exist_ok=True)

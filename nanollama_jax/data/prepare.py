@@ -153,7 +153,7 @@ def prepare_source(
     inputs |= {} if gone else about_source(url)
     if manifest := finished(out_dir, inputs):
         if gone:
-            print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used", flush=True)
+            console.print(f"{name}: {url} has no files any more: {out_dir}, prepared from them, is whole and is used")
         return manifest
     tasks = int(min(tasks, useful_ranks(url)))
 
@@ -263,7 +263,7 @@ def prepare_all(config: ConfigDict, executor: Executor = Executor()) -> bool:  #
             f"tokenizer {path} has {tokenizer.vocab_size:,} pieces and tokenizer.vocab_size is {config.tokenizer.vocab_size:,}: change one of them"
         )
     for name, reason in tokenizer.not_exportable.items():
-        print(f"warning: no model trained with {path} can be exported as {name}: the tokenizer {reason}", flush=True)
+        console.print(f"warning: no model trained with {path} can be exported as {name}: the tokenizer {reason}")
 
     directories = {name: Path(config.data.dir) / name for name in config.corpora}
     already = all((directory / MANIFEST).exists() for directory in directories.values())
