@@ -22,13 +22,24 @@ from ml_collections import config_flags
 from nanollama_jax import distributed, settings
 from nanollama_jax.errors import flags_parser, one_line_errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, with an optional scale after a colon: configs/phase1.py:nano.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and curves go. Default: runs/RECIPE_SCALE.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, or auto; only with several processes.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Recipe, with an optional scale after a colon: configs/phase1.py:nano.",
+    lock_config=True,
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, logs and curves go. Default: runs/RECIPE_SCALE."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, or auto; only with several processes."
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 DETERMINISTIC = flags.DEFINE_bool(
-    "deterministic", False, "On a GPU: the same bits from the same command, resumed or not; slower, and attention takes far more memory."
+    "deterministic",
+    False,
+    "On a GPU: the same bits from the same command, resumed or not; slower, and attention takes far more memory.",
 )
 
 

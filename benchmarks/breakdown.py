@@ -9,16 +9,33 @@ from benchmarks.timing import seconds_a_call
 from benchmarks.train import TOKENS, case_of_ours, our_config, packed_documents
 from configs import common
 
-ATTENTION, REMAT, ACCUMULATION = "cudnn_packed", "products", 2  # with this remat no product runs again in the backward pass
+ATTENTION, REMAT, ACCUMULATION = (
+    "cudnn_packed",
+    "products",
+    2,
+)  # with this remat no product runs again in the backward pass
 PRODUCTS = ("gate_up", "down", "qkv", "o")  # the head's are in the loss
-COLUMNS = {"call_ms": ("ms a call", ".3f"), "calls": ("calls", ",.0f"), "step_seconds": ("s a step", ".4f"), "spread": ("+-", ".1%")}
+COLUMNS = {
+    "call_ms": ("ms a call", ".3f"),
+    "calls": ("calls", ",.0f"),
+    "step_seconds": ("s a step", ".4f"),
+    "spread": ("+-", ".1%"),
+}
 
 
 def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
     """The whole step, and each part: a call's time times the calls in a step of 65,536 tokens."""
-    about = dict(scale=scale, seq_len=seq_len, rows=max(1, TOKENS // ACCUMULATION // seq_len), rounds=rounds)
-    products = [Case(f"products, {name}", measure_products, (about | dict(name=name),)) for name in PRODUCTS]
-    parts = {"attention": measure_attention, "loss, with the head": measure_loss, "optimizer, with clipping": measure_optimizer}
+    about = dict(
+        scale=scale, seq_len=seq_len, rows=max(1, TOKENS // ACCUMULATION // seq_len), rounds=rounds
+    )
+    products = [
+        Case(f"products, {name}", measure_products, (about | dict(name=name),)) for name in PRODUCTS
+    ]
+    parts = {
+        "attention": measure_attention,
+        "loss, with the head": measure_loss,
+        "optimizer, with clipping": measure_optimizer,
+    }
     parts["embedding"] = measure_embedding
     whole = case_of_ours(scale, seq_len, [(ATTENTION, REMAT, ACCUMULATION)], rounds, steps)
     return [whole, *products, *(Case(name, measure, (about,)) for name, measure in parts.items())]
@@ -29,11 +46,21 @@ def rest(rows: list[Row]) -> list[str]:
     step = rows[0].get("step_seconds") if rows else None
     if step is None:
         return ["no shares: the whole step was not measured"]
-    lines = [f"{row['step_seconds'] / step:6.1%}  {row['case']}" for row in rows[1:] if "step_seconds" in row]
+    lines = [
+        f"{row['step_seconds'] / step:6.1%}  {row['case']}"
+        for row in rows[1:]
+        if "step_seconds" in row
+    ]
     missing = [row["case"] for row in rows[1:] if "step_seconds" not in row]
     explained = sum(row.get("step_seconds", 0.0) for row in rows[1:])
-    lines.append(f"{1 - explained / step:6.1%}  the rest: norms, RoPE, SwiGLU, residual sums, casts, sums over micro-batches, gaps between kernels")
-    return ["of the step:", *lines, *([f"the rest includes what was not measured: {', '.join(missing)}"] if missing else [])]
+    lines.append(
+        f"{1 - explained / step:6.1%}  the rest: norms, RoPE, SwiGLU, residual sums, casts, sums over micro-batches, gaps between kernels"
+    )
+    return [
+        "of the step:",
+        *lines,
+        *([f"the rest includes what was not measured: {', '.join(missing)}"] if missing else []),
+    ]
 
 
 def measure_products(*, scale: str, seq_len: int, rows: int, rounds: int, name: str) -> Row:
@@ -44,7 +71,12 @@ def measure_products(*, scale: str, seq_len: int, rows: int, rounds: int, name: 
 
 
 def part(seconds: float, spread: float | None, calls: int) -> Row:
-    return {"call_ms": 1e3 * seconds, "calls": calls, "step_seconds": seconds * calls, "spread": spread}
+    return {
+        "call_ms": 1e3 * seconds,
+        "calls": calls,
+        "step_seconds": seconds * calls,
+        "spread": spread,
+    }
 
 
 def settled(scale: str, seq_len: int, rows: int, **model):
@@ -69,9 +101,19 @@ def measure_attention(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
 
     _, model, mesh, batch = settled(scale, seq_len, rows, **model)
     with sharding.use_mesh(mesh):
-        attention = Attention(model.attention, (model.num_heads, model.num_kv_heads, model.head_dim), model.packed_documents, model.dtype)
-        arrays, (documents, _) = attention.draw(rows, seq_len), attention.documents(batch["segment_ids"])
-        timed = seconds_a_call(lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds)
+        attention = Attention(
+            model.attention,
+            (model.num_heads, model.num_kv_heads, model.head_dim),
+            model.packed_documents,
+            model.dtype,
+        )
+        arrays, (documents, _) = (
+            attention.draw(rows, seq_len),
+            attention.documents(batch["segment_ids"]),
+        )
+        timed = seconds_a_call(
+            lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds
+        )
     return part(*timed, ACCUMULATION * model.num_layers)
 
 
@@ -85,7 +127,14 @@ def measure_loss(*, scale: str, seq_len: int, rows: int, rounds: int, **model) -
     config, model, mesh, batch = settled(scale, seq_len, rows, **model)
 
     def loss(hidden, head):
-        return cross_entropy(hidden, head, batch["targets"], batch["loss_weights"], config.loss.z_loss, config.loss.chunk_tokens)[0]
+        return cross_entropy(
+            hidden,
+            head,
+            batch["targets"],
+            batch["loss_weights"],
+            config.loss.z_loss,
+            config.loss.chunk_tokens,
+        )[0]
 
     with sharding.use_mesh(mesh):
         hidden = jax.random.normal(jax.random.key(0), (rows, seq_len, model.d_model), model.dtype)
@@ -108,7 +157,9 @@ def measure_embedding(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
         d_hidden = jax.random.normal(jax.random.key(1), (rows, seq_len, model.d_model), model.dtype)
 
         def look_up(table, d_hidden):
-            hidden, gradient_of = jax.vjp(lambda table: embed(table, batch["tokens"], model.dtype), table)
+            hidden, gradient_of = jax.vjp(
+                lambda table: embed(table, batch["tokens"], model.dtype), table
+            )
             return hidden, gradient_of(d_hidden)
 
         both = jax.jit(look_up)
@@ -125,12 +176,19 @@ def measure_optimizer(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
     from nanollama_jax.train import optimizer, step
 
     config, model, mesh, _ = settled(scale, seq_len, rows, **model)
-    adamw = optimizer.make_optimizer(**{name: config.optimizer[name] for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")})
+    adamw = optimizer.make_optimizer(
+        **{
+            name: config.optimizer[name]
+            for name in ("b1", "b2", "eps", "weight_decay", "clip_norm")
+        }
+    )
 
     def update(state, grads):
         updates, opt_state = adamw.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - 1e-4 * u, state.params, updates)
-        return state.replace(params=params, opt_state=opt_state), step.cast_matrices(params, model.dtype)
+        return state.replace(params=params, opt_state=opt_state), step.cast_matrices(
+            params, model.dtype
+        )
 
     with sharding.use_mesh(mesh):
         make, _, _ = step.init_state(model, adamw, mesh, seed=0)

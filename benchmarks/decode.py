@@ -24,11 +24,16 @@ COLUMNS = {
     "bandwidth": ("bandwidth", ".0%"),
     "peak_gb": ("peak GB", ".1f"),
 }
-NOTES = ["bandwidth: of the vendor's figure for the memory, counting each weight of a product once a step."]
+NOTES = [
+    "bandwidth: of the vendor's figure for the memory, counting each weight of a product once a step."
+]
 
 
 def gpu_cases(scale: str, rounds: int) -> list[Case]:
-    return [Case(f"batch {batch}", measure_decode, (dict(scale=scale, batch=batch, rounds=rounds),)) for batch in (1, 8, 64)]
+    return [
+        Case(f"batch {batch}", measure_decode, (dict(scale=scale, batch=batch, rounds=rounds),))
+        for batch in (1, 8, 64)
+    ]
 
 
 def measure_decode(*, scale: str, batch: int, rounds: int) -> Row:
@@ -39,9 +44,18 @@ def measure_decode(*, scale: str, batch: int, rounds: int) -> Row:
 
     loaded = random_model(scale)
     engine = Engine(
-        loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length, max_batch=batch
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        rope_theta=loaded.rope_theta,
+        context_length=loaded.context_length,
+        max_batch=batch,
     )
-    prompts = np.random.default_rng(0).integers(3, loaded.model.vocab_size, (batch, PROMPT_TOKENS)).tolist()
+    prompts = (
+        np.random.default_rng(0)
+        .integers(3, loaded.model.vocab_size, (batch, PROMPT_TOKENS))
+        .tolist()
+    )
     rates = []
     for timed in range(-1, rounds):
         started = time.perf_counter()
@@ -50,11 +64,21 @@ def measure_decode(*, scale: str, batch: int, rounds: int) -> Row:
             rates.append(batch * NEW_TOKENS / (time.perf_counter() - started))
     rate, spread = median_and_spread(rates)
     device = jax.devices()[0]
-    row = {"tokens_per_second": rate, "spread": spread, "step_ms": 1e3 * batch / rate, "dtype": engine.model.dtype, "device": device.device_kind}
+    row = {
+        "tokens_per_second": rate,
+        "spread": spread,
+        "step_ms": 1e3 * batch / rate,
+        "dtype": engine.model.dtype,
+        "device": device.device_kind,
+    }
     if memory := device.memory_stats():
         row["peak_gb"] = memory["peak_bytes_in_use"] / 1e9
-    if bandwidth := next((value for kind, value in MEMORY_BANDWIDTH.items() if kind in device.device_kind), None):
-        bytes_a_step = loaded.model.matmul_params * 2  # each weight once a step; keys and values are 1 % of it here
+    if bandwidth := next(
+        (value for kind, value in MEMORY_BANDWIDTH.items() if kind in device.device_kind), None
+    ):
+        bytes_a_step = (
+            loaded.model.matmul_params * 2
+        )  # each weight once a step; keys and values are 1 % of it here
         row["bandwidth"] = bytes_a_step * rate / batch / bandwidth
     return row
 
@@ -68,22 +92,34 @@ def benchmark_on_cpu(scale: str, rounds: int) -> None:
     from nanollama_jax.infer.engine import Engine
 
     loaded = random_model(scale)
-    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
+    engine = Engine(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        rope_theta=loaded.rope_theta,
+        context_length=loaded.context_length,
+    )
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         hf.export(loaded, f"{folder}/hf", "float32")
         gguf.export(loaded, f"{folder}/f16.gguf", "f16")
         torch = Transformers(f"{folder}/hf")
         kind = jax.devices()[0].device_kind
-        print(f"\n{scale}: {loaded.model.num_params:,} parameters, {kind}; {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones")
+        print(
+            f"\n{scale}: {loaded.model.num_params:,} parameters, {kind}; {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones"
+        )
         for batch in (1, 8):
             prompts = rng.integers(3, loaded.model.vocab_size, (batch, PROMPT_TOKENS)).tolist()
             engine.max_batch = batch
             ours = f"ours, {engine.model.dtype}"
             runs = {
                 ours: lambda: engine.generate(prompts, max_new_tokens=NEW_TOKENS, stop_ids=()),  # noqa: B023  called before the next batch
-                f"transformers + torch, float32, {os.cpu_count()} cores": functools.partial(torch.greedy, prompts, NEW_TOKENS),
-                "llama.cpp, f16": functools.partial(LlamaCpp(f"{folder}/f16.gguf", 256, sequences=batch).greedy, prompts, NEW_TOKENS),
+                f"transformers + torch, float32, {os.cpu_count()} cores": functools.partial(
+                    torch.greedy, prompts, NEW_TOKENS
+                ),
+                "llama.cpp, f16": functools.partial(
+                    LlamaCpp(f"{folder}/f16.gguf", 256, sequences=batch).greedy, prompts, NEW_TOKENS
+                ),
             }
             rates = {name: [] for name in runs}
             for timed in range(-1, rounds):
@@ -108,27 +144,56 @@ def benchmark_grammar(tokenizer_path: str, generations: int = 100) -> None:
 
     text, number = {"type": "string"}, {"type": "number"}
     schemas = {
-        "add_event": {"title": text, "start": text, "minutes": {"type": "integer"}, "guests": {"type": "array", "items": text}},
-        "convert": {"value": number, "unit": {"enum": ["m", "ft", "km", "mi"]}, "to": {"enum": ["m", "ft", "km", "mi"]}},
-        "search": {"query": text, "options": {"type": "object", "properties": {"limit": {"type": "integer"}, "exact": {"type": "boolean"}}}},
+        "add_event": {
+            "title": text,
+            "start": text,
+            "minutes": {"type": "integer"},
+            "guests": {"type": "array", "items": text},
+        },
+        "convert": {
+            "value": number,
+            "unit": {"enum": ["m", "ft", "km", "mi"]},
+            "to": {"enum": ["m", "ft", "km", "mi"]},
+        },
+        "search": {
+            "query": text,
+            "options": {
+                "type": "object",
+                "properties": {"limit": {"type": "integer"}, "exact": {"type": "boolean"}},
+            },
+        },
     }
-    parameters = {name: {"type": "object", "properties": fields, "required": list(fields)} for name, fields in schemas.items()}
+    parameters = {
+        name: {"type": "object", "properties": fields, "required": list(fields)}
+        for name, fields in schemas.items()
+    }
     grammar = tool_call([{"name": name, "parameters": value} for name, value in parameters.items()])
     tokenizer = Tokenizer(tokenizer_path)
     vocab_size = -(-tokenizer.vocab_size // 8) * 8
-    grammars, mask_W, rng, spent = Grammars(tokenizer, vocab_size), np.zeros(-(-vocab_size // 32), np.int32), np.random.default_rng(0), []
+    grammars, mask_W, rng, spent = (
+        Grammars(tokenizer, vocab_size),
+        np.zeros(-(-vocab_size // 32), np.int32),
+        np.random.default_rng(0),
+        [],
+    )
     for _ in range(generations):
         constraint = grammars.start(grammar, 200)
         while not constraint.finished:
             started = time.perf_counter()
             constraint.fill_mask(mask_W)
             masked = time.perf_counter() - started
-            token = int(rng.choice(np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little"))))
+            token = int(
+                rng.choice(np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little")))
+            )
             started = time.perf_counter()
             constraint.accept(token)
             spent.append(1e6 * (masked + time.perf_counter() - started))
-    print(f"\n{len(spent):,} tokens of {generations} tool calls, vocabulary {vocab_size:,}: mask and accept take {np.mean(spent):.0f} us a token")
-    print(f"median {np.median(spent):.0f} us, 99 of 100 below {np.percentile(spent, 99):.0f} us, longest {max(spent) / 1000:.1f} ms")
+    print(
+        f"\n{len(spent):,} tokens of {generations} tool calls, vocabulary {vocab_size:,}: mask and accept take {np.mean(spent):.0f} us a token"
+    )
+    print(
+        f"median {np.median(spent):.0f} us, 99 of 100 below {np.percentile(spent, 99):.0f} us, longest {max(spent) / 1000:.1f} ms"
+    )
 
 
 def random_model(scale: str):
@@ -147,15 +212,51 @@ def random_model(scale: str):
 
     model = ModelConfig(**common.MODELS[scale], scan_layers=False)
     proto, piece = spm.ModelProto(), spm.ModelProto.SentencePiece
-    special = [("<unk>", piece.UNKNOWN), ("<s>", piece.CONTROL), ("</s>", piece.CONTROL), *((f"<0x{i:02X}>", piece.BYTE) for i in range(256))]
+    special = [
+        ("<unk>", piece.UNKNOWN),
+        ("<s>", piece.CONTROL),
+        ("</s>", piece.CONTROL),
+        *((f"<0x{i:02X}>", piece.BYTE) for i in range(256)),
+    ]
     for i in range(model.vocab_size):
         name, kind = special[i] if i < len(special) else (f"piece{i}", piece.NORMAL)
         proto.pieces.add(piece=name, type=kind, score=-i)
-    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback, proto.trainer_spec.pad_id = spm.TrainerSpec.BPE, True, -1
-    proto.normalizer_spec.remove_extra_whitespaces, proto.normalizer_spec.add_dummy_prefix = False, False
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback, proto.trainer_spec.pad_id = (
+        spm.TrainerSpec.BPE,
+        True,
+        -1,
+    )
+    proto.normalizer_spec.remove_extra_whitespaces, proto.normalizer_spec.add_dummy_prefix = (
+        False,
+        False,
+    )
     dummy = jnp.zeros((1, 2), jnp.int32)
-    make = jax.jit(lambda: nn.meta.unbox(Llama(model).init(jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))["params"]))
-    about = {"corpora": {}, "phase": "random", "step": 0, "tokens_seen": 0, "data_sha256": "", "git_commit": "", "tokenizer_sha256": ""}
-    metadata = {"model": dataclasses.asdict(model), "rope_theta": 1e4, "context_length": 4096, "weights_only": True, "provenance": about}
+    make = jax.jit(
+        lambda: nn.meta.unbox(
+            Llama(model).init(jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))["params"]
+        )
+    )
+    about = {
+        "corpora": {},
+        "phase": "random",
+        "step": 0,
+        "tokens_seen": 0,
+        "data_sha256": "",
+        "git_commit": "",
+        "tokenizer_sha256": "",
+    }
+    metadata = {
+        "model": dataclasses.asdict(model),
+        "rope_theta": 1e4,
+        "context_length": 4096,
+        "weights_only": True,
+        "provenance": about,
+    }
     params = jax.tree.map(np.asarray, make())
-    return Loaded(model, params, Tokenizer("made-up", proto.SerializeToString()), metadata, pathlib.Path("random"))
+    return Loaded(
+        model,
+        params,
+        Tokenizer("made-up", proto.SerializeToString()),
+        metadata,
+        pathlib.Path("random"),
+    )

@@ -9,7 +9,9 @@ MEAN_LENGTH = 1000  # tokens of a web page or a source file
 MAX_SEGMENTS = 64
 
 
-def draw_batches(count: int, rows: int, seq_len: int, vocab_size: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
+def draw_batches(
+    count: int, rows: int, seq_len: int, vocab_size: int, seed: int = 0
+) -> list[dict[str, np.ndarray]]:
     """`count` batches of `rows` rows of made-up documents, BOS and EOS included.
 
     Lengths are log-normal (sigma 1) about a mean of 1,000. In rows longer than 4,096 half of the tokens are of documents that fill the row, as in
@@ -37,8 +39,12 @@ def pack(documents: Iterable[np.ndarray], seq_len: int) -> dict[str, np.ndarray]
     rows = sum(map(len, documents)) // seq_len
     cut = slice(rows * seq_len)
     stream = np.concatenate(documents)
-    starts = np.concatenate([np.arange(len(document)) == 0 for document in documents])[cut].reshape(rows, seq_len)
-    ends = np.concatenate([np.arange(len(document)) == len(document) - 1 for document in documents])[cut].reshape(rows, seq_len)
+    starts = np.concatenate([np.arange(len(document)) == 0 for document in documents])[cut].reshape(
+        rows, seq_len
+    )
+    ends = np.concatenate(
+        [np.arange(len(document)) == len(document) - 1 for document in documents]
+    )[cut].reshape(rows, seq_len)
     targets = np.append(stream[1:], 0)[cut].reshape(rows, seq_len)
     starts[:, 0] = True
     starts &= np.cumsum(starts, axis=1) <= MAX_SEGMENTS
@@ -48,13 +54,18 @@ def pack(documents: Iterable[np.ndarray], seq_len: int) -> dict[str, np.ndarray]
         "targets": np.where(ends, 0, targets).astype(np.int32),
         "loss_weights": (~ends).astype(np.float32),
         "segment_ids": np.cumsum(starts, axis=1).astype(np.int32),
-        "positions": (column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)).astype(np.int32),
+        "positions": (column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)).astype(
+            np.int32
+        ),
     }
 
 
 def squared_lengths(segment_ids_BT: np.ndarray) -> int:
     """sum(len^2) over the documents in the rows: what attention within them costs."""
-    return sum(int((np.unique(row, return_counts=True)[1].astype(np.int64) ** 2).sum()) for row in segment_ids_BT)
+    return sum(
+        int((np.unique(row, return_counts=True)[1].astype(np.int64) ** 2).sum())
+        for row in segment_ids_BT
+    )
 
 
 def mean_context(segment_ids_BT: np.ndarray) -> float:

@@ -15,7 +15,8 @@ from configs import common
 LOSS_CHUNK = 8192  # tokens, as in configs/common.py
 ROOM = (4, 8, 16, 32)  # documents a row: model.packed_documents
 PRODUCT_COLUMNS = {
-    f"{name}_tflops": (f"{heading} TFLOP/s", ".0f") for name, heading in (("forward", "forward"), ("dx", "d input"), ("dw", "d weight"))
+    f"{name}_tflops": (f"{heading} TFLOP/s", ".0f")
+    for name, heading in (("forward", "forward"), ("dx", "d input"), ("dw", "d weight"))
 }
 ATTENTION_COLUMNS = {
     "forward_ms": ("fwd ms", ".3f"),
@@ -44,12 +45,32 @@ def gpu_cases(scale: str, rounds: int) -> list[Case]:
     def attention(seq_len: int, backend: str, room: int, ragged: bool) -> Case:
         rows = TOKENS // seq_len
         heads = tuple(shape[name] for name in ("num_heads", "num_kv_heads", "head_dim"))
-        about = dict(backend=backend, rows=rows, seq_len=seq_len, heads=heads, room=room, ragged=ragged, rounds=rounds)
-        name = f"{backend}, {rows} x {seq_len}" + f", room {room}, {'documents' if ragged else 'whole rows'}" * (backend == "cudnn_packed")
+        about = dict(
+            backend=backend,
+            rows=rows,
+            seq_len=seq_len,
+            heads=heads,
+            room=room,
+            ragged=ragged,
+            rounds=rounds,
+        )
+        name = (
+            f"{backend}, {rows} x {seq_len}"
+            + f", room {room}, {'documents' if ragged else 'whole rows'}"
+            * (backend == "cudnn_packed")
+        )
         return Case(name, measure_attention, (about,))
 
-    packed = [(seq_len, "cudnn_packed", room, ragged) for room in (8, 16, 4, 32) for ragged in (True, False) for seq_len in (4096, 16_384)]
-    return [products] + [attention(*about) for about in [(4096, "cudnn", 8, False), (16_384, "cudnn", 8, False), *packed]]
+    packed = [
+        (seq_len, "cudnn_packed", room, ragged)
+        for room in (8, 16, 4, 32)
+        for ragged in (True, False)
+        for seq_len in (4096, 16_384)
+    ]
+    return [products] + [
+        attention(*about)
+        for about in [(4096, "cudnn", 8, False), (16_384, "cudnn", 8, False), *packed]
+    ]
 
 
 def product_shapes(shape: dict, tokens: int, chunk: int) -> dict[str, tuple[int, int, int, str]]:
@@ -66,7 +87,9 @@ def product_shapes(shape: dict, tokens: int, chunk: int) -> dict[str, tuple[int,
     }
 
 
-def measure_products(*, scale: str, rounds: int, tokens: int = TOKENS, chunk: int = LOSS_CHUNK) -> Row:
+def measure_products(
+    *, scale: str, rounds: int, tokens: int = TOKENS, chunk: int = LOSS_CHUNK
+) -> Row:
     """A case: its row holds the rows of all products, under `table`."""
     found = []
     for name, shape in product_shapes(common.MODELS[scale], tokens, chunk).items():
@@ -84,7 +107,9 @@ def measure_products(*, scale: str, rounds: int, tokens: int = TOKENS, chunk: in
     return {"table": found}
 
 
-def time_products(tokens: int, width_in: int, width_out: int, dtype_out: str, rounds: int) -> dict[str, float]:
+def time_products(
+    tokens: int, width_in: int, width_out: int, dtype_out: str, rounds: int
+) -> dict[str, float]:
     """Seconds of x @ w, and of the gradients of x and of w, on normal random bfloat16."""
     import jax
     import jax.numpy as jnp
@@ -93,7 +118,10 @@ def time_products(tokens: int, width_in: int, width_out: int, dtype_out: str, ro
     def draw():
         keys = jax.random.split(jax.random.key(0), 3)
         shapes = ((tokens, width_in), (width_in, width_out), (tokens, width_out))
-        return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        return tuple(
+            jax.random.normal(key, shape, jnp.bfloat16)
+            for key, shape in zip(keys, shapes, strict=True)
+        )
 
     x_TD, w_DF, dy_TF = draw()
     products = {
@@ -104,14 +132,24 @@ def time_products(tokens: int, width_in: int, width_out: int, dtype_out: str, ro
     seconds = {}
     for name, (spec, a, b, dtype) in products.items():
         run = jax.jit(functools.partial(jnp.einsum, spec, preferred_element_type=dtype))
-        seconds[name], _ = seconds_a_call(functools.partial(run, a, b), jax.block_until_ready, rounds)
+        seconds[name], _ = seconds_a_call(
+            functools.partial(run, a, b), jax.block_until_ready, rounds
+        )
     return seconds
 
 
 def measure_attention(
-    *, backend: str, rows: int, seq_len: int, heads: tuple[int, int, int], room: int, ragged: bool, rounds: int, dtype: str = "bfloat16",
+    *,
+    backend: str,
+    rows: int,
+    seq_len: int,
+    heads: tuple[int, int, int],
+    room: int,
+    ragged: bool,
+    rounds: int,
+    dtype: str = "bfloat16",
     check: tuple[int, int] = (2, 2048),
-) -> Row:  # fmt: skip
+) -> Row:
     """A case: time and memory of forward and backward pass at (rows, seq_len), then errors at the rows and length `check`."""
     import jax
 
@@ -124,13 +162,29 @@ def measure_attention(
         arrays = attention.draw(rows, seq_len)
         documents, merged = attention.documents(segment_ids)
         jax.block_until_ready(arrays)
-        forward, spread = seconds_a_call(lambda: attention.forward(*arrays[:3], documents), jax.block_until_ready, rounds)
-        both, _ = seconds_a_call(lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds)
-        flops = 2.0 * heads[0] * heads[2] * squared_lengths(segment_ids)  # half the square: 4 H a pair
-        row = {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * (both - forward), "spread": spread, "merged": float(merged)}
-        row |= {"forward_tflops": flops / forward / 1e12, "backward_tflops": 2.5 * flops / (both - forward) / 1e12}
+        forward, spread = seconds_a_call(
+            lambda: attention.forward(*arrays[:3], documents), jax.block_until_ready, rounds
+        )
+        both, _ = seconds_a_call(
+            lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds
+        )
+        flops = (
+            2.0 * heads[0] * heads[2] * squared_lengths(segment_ids)
+        )  # half the square: 4 H a pair
+        row = {
+            "forward_ms": 1e3 * forward,
+            "backward_ms": 1e3 * (both - forward),
+            "spread": spread,
+            "merged": float(merged),
+        }
+        row |= {
+            "forward_tflops": flops / forward / 1e12,
+            "backward_tflops": 2.5 * flops / (both - forward) / 1e12,
+        }
         if memory := jax.devices()[0].memory_stats():
-            row["extra_gb"] = (memory["peak_bytes_in_use"] - 2 * sum(x.nbytes for x in arrays)) / 1e9
+            row["extra_gb"] = (
+                memory["peak_bytes_in_use"] - 2 * sum(x.nbytes for x in arrays)
+            ) / 1e9
         try:
             row |= attention.errors(*check, ragged)
         except Exception:  # the times stand all the same
@@ -156,8 +210,22 @@ class Attention:
         from nanollama_jax.model.attention import attend
 
         N, K, H = self.heads = heads
-        shape = dict(vocab_size=8, num_layers=1, d_model=N * H, num_heads=N, num_kv_heads=K, head_dim=H, ffn_dim=8)
-        self.config = ModelConfig(**shape, dtype=dtype, attention=backend, document_mask=backend != "cudnn", packed_documents=room)
+        shape = dict(
+            vocab_size=8,
+            num_layers=1,
+            d_model=N * H,
+            num_heads=N,
+            num_kv_heads=K,
+            head_dim=H,
+            ffn_dim=8,
+        )
+        self.config = ModelConfig(
+            **shape,
+            dtype=dtype,
+            attention=backend,
+            document_mask=backend != "cudnn",
+            packed_documents=room,
+        )
 
         def run(q, k, v, documents):
             return attend(q, k, v, documents, self.config)
@@ -177,7 +245,10 @@ class Attention:
         @jax.jit
         def draw():
             keys = jax.random.split(jax.random.key(0), 4)
-            return tuple(jax.random.normal(key, (rows, seq_len, n, H), self.config.dtype) for key, n in zip(keys, (N, K, K, N), strict=True))
+            return tuple(
+                jax.random.normal(key, (rows, seq_len, n, H), self.config.dtype)
+                for key, n in zip(keys, (N, K, K, N), strict=True)
+            )
 
         return draw()
 
@@ -187,7 +258,9 @@ class Attention:
 
         from nanollama_jax.model.attention import documents_of, merged_documents
 
-        return jax.jit(lambda ids: (documents_of(ids, self.config), merged_documents(ids, self.config)))(segment_ids_BT)
+        return jax.jit(
+            lambda ids: (documents_of(ids, self.config), merged_documents(ids, self.config))
+        )(segment_ids_BT)
 
     def errors(self, rows: int, seq_len: int, ragged: bool) -> Row:
         """Of the output and the gradients against xla in float32; None where documents were merged, for then they must differ."""
@@ -204,12 +277,22 @@ class Attention:
         @jax.jit
         def expected(q, k, v, d_out):
             q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
-            out, backward = jax.vjp(lambda q, k, v: xla_attention(q, k, v, jnp.asarray(segment_ids)), q, k, v)
+            out, backward = jax.vjp(
+                lambda q, k, v: xla_attention(q, k, v, jnp.asarray(segment_ids)), q, k, v
+            )
             return out, *backward(d_out)
 
-        with jax.default_matmul_precision("highest"):  # a GPU's float32 products are otherwise of 19 bits
+        with jax.default_matmul_precision(
+            "highest"
+        ):  # a GPU's float32 products are otherwise of 19 bits
             right = expected(*arrays)
         found = self.both(*arrays, documents)
         norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).reshape(-1))  # noqa: E731
-        values = [float(norm(a.astype(jnp.float32) - b) / norm(b)) for a, b in zip(found, right, strict=True)]
-        return {f"error_{name}": value for name, value in zip(("forward", "dq", "dk", "dv"), values, strict=True)}
+        values = [
+            float(norm(a.astype(jnp.float32) - b) / norm(b))
+            for a, b in zip(found, right, strict=True)
+        ]
+        return {
+            f"error_{name}": value
+            for name, value in zip(("forward", "dq", "dk", "dv"), values, strict=True)
+        }

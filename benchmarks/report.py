@@ -12,8 +12,27 @@ from nanollama_jax.files import write_json
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key of a row -> heading, format
 
-_ASKED = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-_VERSIONS = ("jax", "jaxlib", "flax", "torch", "transformers", "triton", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas")
+_ASKED = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "temperature.gpu",
+)
+_VERSIONS = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "torch",
+    "transformers",
+    "triton",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-cublas",
+)
 
 
 def has_gpu() -> bool:
@@ -35,16 +54,27 @@ def environment() -> Row:
 
 def _nvidia_smi(*arguments: str) -> str:
     try:
-        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            ["nvidia-smi", *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def collect(rows: Iterable[Row], columns: Columns, title: str, json_path: str | None, notes: Callable[[list[Row]], list[str]]) -> list[Row]:
+def collect(
+    rows: Iterable[Row],
+    columns: Columns,
+    title: str,
+    json_path: str | None,
+    notes: Callable[[list[Row]], list[str]],
+) -> list[Row]:
     """Prints the machine, each row as it comes, the table with its title and what `notes` says of all rows; `json_path` is up to date all along."""
     about, found = environment(), []
     for key, value in about.items():
-        print(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}", flush=True)
+        print(
+            f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}",
+            flush=True,
+        )
     for row in rows:
         found.append(row)
         print(_line(row, columns, ""), flush=True)
@@ -61,7 +91,9 @@ def collect(rows: Iterable[Row], columns: Columns, title: str, json_path: str | 
 
 def print_table(rows: list[Row], columns: Columns, title: str) -> None:
     width = max((len(row["case"]) for row in rows), default=4)
-    print(f"\n{title}\n{'':{width}s}{''.join(f'  {heading:>{_width(heading, form)}s}' for heading, form in columns.values())}")
+    print(
+        f"\n{title}\n{'':{width}s}{''.join(f'  {heading:>{_width(heading, form)}s}' for heading, form in columns.values())}"
+    )
     for row in rows:
         print(_line(row, columns, width))
 

@@ -14,7 +14,9 @@ def median_and_spread(values: list[float]) -> tuple[float, float]:
     return median, (max(values) - min(values)) / 2 / median
 
 
-def seconds_a_call(call: Callable[[], Any], wait: Callable[[Any], Any], rounds: int = 5) -> tuple[float, float]:
+def seconds_a_call(
+    call: Callable[[], Any], wait: Callable[[Any], Any], rounds: int = 5
+) -> tuple[float, float]:
     """Median seconds of `call`, and its spread, over rounds of as many calls as take SHORTEST_ROUND. `wait` blocks until a result is there."""
     wait(call())
     started = time.perf_counter()

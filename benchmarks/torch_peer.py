@@ -37,14 +37,32 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
     """Ours and torch's, documents masked and plain causal; what matters most comes first. Without checkpointing at most 32,768 tokens at a time."""
 
     def torch_case(attention: str, checkpointing: bool, whole: bool) -> Case:
-        sizes = [size for size in ((65_536, 32_768, 16_384) if checkpointing else (32_768, 16_384, 8192)) if size >= seq_len] or [seq_len]
-        about = dict(scale=scale, seq_len=seq_len, attention=attention, checkpointing=checkpointing, whole=whole, rounds=rounds, steps=steps)
+        sizes = [
+            size
+            for size in ((65_536, 32_768, 16_384) if checkpointing else (32_768, 16_384, 8192))
+            if size >= seq_len
+        ] or [seq_len]
+        about = dict(
+            scale=scale,
+            seq_len=seq_len,
+            attention=attention,
+            checkpointing=checkpointing,
+            whole=whole,
+            rounds=rounds,
+            steps=steps,
+        )
         attempts = tuple(about | dict(micro_tokens=size) for size in sizes)
         name = f"torch, {attention}{', checkpointing' * checkpointing}{', compiled whole' * whole}"
         return Case(name, measure_torch, attempts)
 
     def ours(attention: str, remat: str, accumulation: int) -> Case:
-        return case_of_ours(scale, seq_len, [(attention, remat, accumulation), (attention, "qkv", accumulation)], rounds, steps)
+        return case_of_ours(
+            scale,
+            seq_len,
+            [(attention, remat, accumulation), (attention, "qkv", accumulation)],
+            rounds,
+            steps,
+        )
 
     first, second = OUR_SETTINGS
     return [
@@ -66,23 +84,46 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
 def ratios(rows: list[Row]) -> list[str]:
     """Our fastest over torch's fastest, among those that mask documents and among those that do not; what is missing is named."""
     lines = []
-    for kind, ours, theirs in (("within documents", ("cudnn_packed",), MASKED), ("plain causal", ("cudnn",), CAUSAL)):
+    for kind, ours, theirs in (
+        ("within documents", ("cudnn_packed",), MASKED),
+        ("plain causal", ("cudnn",), CAUSAL),
+    ):
         best = []
         for prefix, backends in (("ours", ours), ("torch", theirs)):
-            measured = [row for row in rows if row["case"].startswith(prefix) and row.get("attention") in backends and "error" not in row]
+            measured = [
+                row
+                for row in rows
+                if row["case"].startswith(prefix)
+                and row.get("attention") in backends
+                and "error" not in row
+            ]
             best.append(max(measured, key=lambda row: row["tokens_per_second"], default=None))
         if None in best:
-            lines.append(f"{kind}: no ratio, for {'ours' if best[0] is None else 'torch'} was not measured")
+            lines.append(
+                f"{kind}: no ratio, for {'ours' if best[0] is None else 'torch'} was not measured"
+            )
         else:
             ratio = best[0]["tokens_per_second"] / best[1]["tokens_per_second"]
-            lines.append(f"{kind}: {ratio:.2f}x as fast as torch's fastest ({best[0]['case']} against {best[1]['case']})")
+            lines.append(
+                f"{kind}: {ratio:.2f}x as fast as torch's fastest ({best[0]['case']} against {best[1]['case']})"
+            )
     return lines
 
 
 def measure_torch(
-    *, scale: str, seq_len: int, attention: str, checkpointing: bool, whole: bool, micro_tokens: int, rounds: int, steps: int,
-    step_tokens: int = TOKENS, device: str = "cuda", shape: dict | None = None,
-) -> Row:  # fmt: skip
+    *,
+    scale: str,
+    seq_len: int,
+    attention: str,
+    checkpointing: bool,
+    whole: bool,
+    micro_tokens: int,
+    rounds: int,
+    steps: int,
+    step_tokens: int = TOKENS,
+    device: str = "cuda",
+    shape: dict | None = None,
+) -> Row:
     """A case: steps of `step_tokens`, in micro-batches of `micro_tokens`. `whole` compiles the model at once, not layer by layer."""
     import torch
 
@@ -94,9 +135,13 @@ def measure_torch(
     model = llama(shape, attention).to(device)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adamw = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     (batch,) = draw_batches(1, count * micro_rows, seq_len, shape["vocab_size"])
-    micro_batches = to_torch([{name: x[i::count] for name, x in batch.items()} for i in range(count)], attention, device)
+    micro_batches = to_torch(
+        [{name: x[i::count] for name, x in batch.items()} for i in range(count)], attention, device
+    )
 
     def hidden_states(ids, **options):
         embedded = model.model.embed_tokens(ids).to(torch.bfloat16)
@@ -104,7 +149,9 @@ def measure_torch(
 
     def loss_of(hidden, targets):
         logits = model.lm_head(hidden).float()
-        return torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100)
+        return torch.nn.functional.cross_entropy(
+            logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-100
+        )
 
     if whole:
         hidden_states = torch.compile(hidden_states, dynamic=False)
@@ -127,7 +174,9 @@ def measure_torch(
 
     with contextlib.ExitStack() as stack:
         if attention == "sdpa_cudnn":
-            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION))
+            stack.enter_context(
+                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+            )
         started = time.perf_counter()
         float(step())
         compile_seconds = time.perf_counter() - started
@@ -140,7 +189,12 @@ def measure_torch(
             loss = float(loss)  # waits for the device
             rates.append(steps * count * micro_rows * seq_len / (time.perf_counter() - started))
     rate, spread = median_and_spread(rates)
-    row = {"tokens_per_second": rate, "spread": spread, "step_seconds": count * micro_rows * seq_len / rate, "compile_seconds": compile_seconds}
+    row = {
+        "tokens_per_second": rate,
+        "spread": spread,
+        "step_seconds": count * micro_rows * seq_len / rate,
+        "compile_seconds": compile_seconds,
+    }
     if device == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return row | {"loss": loss, "micro_tokens": micro_rows * seq_len}
@@ -152,7 +206,9 @@ def llama(shape: dict, attention: str):
 
     if attention in ("sdpa", "sdpa_cudnn", "varlen"):
         name = f"benchmark_{attention}"  # not a name that transformers makes masks for
-        transformers.AttentionInterface.register(name, varlen_attention() if attention == "varlen" else causal_attention)
+        transformers.AttentionInterface.register(
+            name, varlen_attention() if attention == "varlen" else causal_attention
+        )
     else:
         name = attention
     config = llama_config(shape)
@@ -191,17 +247,33 @@ def to_torch(batches: list[dict[str, np.ndarray]], attention: str, device: str) 
 
     starts = [np.flatnonzero(batch["positions"].reshape(-1) == 0) for batch in batches]
     most = max(map(len, starts))
-    offsets = [np.pad(s, (0, most + 1 - len(s)), constant_values=batch["positions"].size).astype(np.int32) for s, batch in zip(starts, batches)]
+    offsets = [
+        np.pad(s, (0, most + 1 - len(s)), constant_values=batch["positions"].size).astype(np.int32)
+        for s, batch in zip(starts, batches)
+    ]
     longest = int(max(np.diff(one).max() for one in offsets))
     found = []
     for batch, of_batch in zip(batches, offsets, strict=True):
-        options = {} if attention in CAUSAL else {"position_ids": torch.from_numpy(batch["positions"]).long().to(device)}
+        options = (
+            {}
+            if attention in CAUSAL
+            else {"position_ids": torch.from_numpy(batch["positions"]).long().to(device)}
+        )
         if attention == "flex_attention":
-            options["attention_mask"] = block_mask(torch.from_numpy(batch["segment_ids"]).to(device))
+            options["attention_mask"] = block_mask(
+                torch.from_numpy(batch["segment_ids"]).to(device)
+            )
         if attention == "varlen":
-            options |= {"document_offsets": torch.from_numpy(of_batch).to(device), "longest_document": longest}
+            options |= {
+                "document_offsets": torch.from_numpy(of_batch).to(device),
+                "longest_document": longest,
+            }
         ids = torch.from_numpy(batch["tokens"]).long().to(device)
-        targets = torch.from_numpy(np.where(batch["loss_weights"] > 0, batch["targets"], -100)).long().to(device)
+        targets = (
+            torch.from_numpy(np.where(batch["loss_weights"] > 0, batch["targets"], -100))
+            .long()
+            .to(device)
+        )
         found.append((ids, targets, options))
     return found
 
@@ -209,7 +281,9 @@ def to_torch(batches: list[dict[str, np.ndarray]], attention: str, device: str) 
 def causal_attention(module, q_BNTH, k_BKTH, v_BKTH, attention_mask, scaling: float, **_):
     import torch.nn.functional as F
 
-    out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, scale=scaling, enable_gqa=True)
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BNTH, k_BKTH, v_BKTH, is_causal=True, scale=scaling, enable_gqa=True
+    )
     return out_BNTH.transpose(1, 2), None
 
 
@@ -221,12 +295,24 @@ def varlen_attention() -> Callable:
     causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
     grouped = {"enable_gqa": True} if "enable_gqa" in accepted else {}
 
-    def attention(module, q_BNTH, k_BKTH, v_BKTH, attention_mask, document_offsets, longest_document: int, **_):
+    def attention(
+        module, q_BNTH, k_BKTH, v_BKTH, attention_mask, document_offsets, longest_document: int, **_
+    ):
         B, N, T, H = q_BNTH.shape
         q, k, v = (x.transpose(1, 2).reshape(B * T, -1, H) for x in (q_BNTH, k_BKTH, v_BKTH))
         if not grouped:
             k, v = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(q, k, v, document_offsets, document_offsets, longest_document, longest_document, **causal, **grouped)
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            document_offsets,
+            document_offsets,
+            longest_document,
+            longest_document,
+            **causal,
+            **grouped,
+        )
         return out.reshape(B, T, N, H), None
 
     return attention
@@ -239,7 +325,10 @@ def cpu_step(shape: dict, tokens: np.ndarray) -> Callable[[int], None]:
 
     model = transformers.LlamaForCausalLM(llama_config(shape)).float()
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs, labels = torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(tokens[:, :-1]).long()
+    inputs, labels = (
+        torch.from_numpy(tokens[:, :-1]).long(),
+        torch.from_numpy(tokens[:, :-1]).long(),
+    )
 
     def run(n: int) -> None:
         for _ in range(n):

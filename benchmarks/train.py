@@ -65,7 +65,14 @@ def our_config(scale: str, seq_len: int, rows: int, accumulation: int = 1, **mod
     """Phase 1's config of `scale`, with other rows; `model` overrides its shape."""
     config = phase1.get_config(scale)
     with config.unlocked():
-        config.update(dict(seq_len=seq_len, batch_size=rows, tokens_per_step=rows * seq_len, accumulation=accumulation))
+        config.update(
+            dict(
+                seq_len=seq_len,
+                batch_size=rows,
+                tokens_per_step=rows * seq_len,
+                accumulation=accumulation,
+            )
+        )
         config.model.update(model)
     return config
 
@@ -96,11 +103,23 @@ def our_step(config, batches: list[dict[str, np.ndarray]]) -> Step:
             return jax.block_until_ready(metrics)
 
     planned = update.memory_analysis()
-    return Step(run, model, compile_seconds, planned.argument_size_in_bytes + planned.temp_size_in_bytes)
+    return Step(
+        run, model, compile_seconds, planned.argument_size_in_bytes + planned.temp_size_in_bytes
+    )
 
 
 def measure_ours(
-    *, scale: str, seq_len: int, rows: int, attention: str, remat: str, accumulation: int, rounds: int, steps: int, profile: str | None, **model: Any
+    *,
+    scale: str,
+    seq_len: int,
+    rows: int,
+    attention: str,
+    remat: str,
+    accumulation: int,
+    rounds: int,
+    steps: int,
+    profile: str | None,
+    **model: Any,
 ) -> Row:
     """A case: `rows` rows a GPU, documents masked unless attention is plain causal `cudnn`. Afterwards a trace of a few steps, into `profile`."""
     import jax
@@ -147,18 +166,42 @@ def packed_documents(seq_len: int) -> int:
     return 8 if seq_len <= 4096 else 16
 
 
-def case_of_ours(scale: str, seq_len: int, settings: list[tuple[str, str, int]], rounds: int, steps: int, profile: str | None = None) -> Case:
+def case_of_ours(
+    scale: str,
+    seq_len: int,
+    settings: list[tuple[str, str, int]],
+    rounds: int,
+    steps: int,
+    profile: str | None = None,
+) -> Case:
     """Of `settings`, (attention, remat, micro-batches), the first that fits."""
     attention, remat, accumulation = settings[0]
-    about = dict(scale=scale, seq_len=seq_len, rows=max(1, TOKENS // seq_len), rounds=rounds, steps=steps, profile=profile)
+    about = dict(
+        scale=scale,
+        seq_len=seq_len,
+        rows=max(1, TOKENS // seq_len),
+        rounds=rounds,
+        steps=steps,
+        profile=profile,
+    )
     about["packed_documents"] = packed_documents(seq_len)
-    attempts = tuple(about | dict(attention=attention, remat=remat, accumulation=accumulation) for attention, remat, accumulation in settings)
-    return Case(f"ours, {attention}, remat {remat}, {accumulation} micro-batch{'es' * (accumulation > 1)}", measure_ours, attempts)
+    attempts = tuple(
+        about | dict(attention=attention, remat=remat, accumulation=accumulation)
+        for attention, remat, accumulation in settings
+    )
+    return Case(
+        f"ours, {attention}, remat {remat}, {accumulation} micro-batch{'es' * (accumulation > 1)}",
+        measure_ours,
+        attempts,
+    )
 
 
 def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int, profile: str | None) -> list[Case]:
     """All of them; to profile, only the first."""
-    return [case_of_ours(scale, seq_len, [setting], rounds, steps, profile) for setting in (GPU_CASES[:1] if profile else GPU_CASES)]
+    return [
+        case_of_ours(scale, seq_len, [setting], rounds, steps, profile)
+        for setting in (GPU_CASES[:1] if profile else GPU_CASES)
+    ]
 
 
 def benchmark_on_cpu(rounds: int, steps: int) -> None:
@@ -172,14 +215,21 @@ def benchmark_on_cpu(rounds: int, steps: int) -> None:
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_weights": np.ones((batch_size, seq_len), np.float32),
-        "segment_ids": np.broadcast_to(np.repeat([1, 2], seq_len // 2), (batch_size, seq_len)).astype(np.int32),
-        "positions": np.broadcast_to(np.tile(np.arange(seq_len // 2), 2), (batch_size, seq_len)).astype(np.int32),
+        "segment_ids": np.broadcast_to(
+            np.repeat([1, 2], seq_len // 2), (batch_size, seq_len)
+        ).astype(np.int32),
+        "positions": np.broadcast_to(
+            np.tile(np.arange(seq_len // 2), 2), (batch_size, seq_len)
+        ).astype(np.int32),
     }
     peers = {"transformers + torch": cpu_step(shape, tokens)}
     for remat in ("none", "products"):
         for scan_layers in (False, True):
             name = f"ours, remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}"
-            peers[name] = our_step(our_config("nano", seq_len, batch_size, remat=remat, scan_layers=scan_layers), [batch]).run
+            peers[name] = our_step(
+                our_config("nano", seq_len, batch_size, remat=remat, scan_layers=scan_layers),
+                [batch],
+            ).run
             peers[name](WARM_UP)
     rates = {name: [] for name in peers}
     for _ in range(rounds):
@@ -188,6 +238,10 @@ def benchmark_on_cpu(rounds: int, steps: int) -> None:
             run(steps)
             rates[name].append(steps * batch_size * seq_len / (time.perf_counter() - started))
     baseline = statistics.median(rates["transformers + torch"])
-    print(f"\nOne step of {batch_size} x {seq_len} tokens: forward, backward, clip, AdamW, in float32 (median of {rounds} rounds of {steps} steps)")
+    print(
+        f"\nOne step of {batch_size} x {seq_len} tokens: forward, backward, clip, AdamW, in float32 (median of {rounds} rounds of {steps} steps)"
+    )
     for name, values in rates.items():
-        print(f"{name:36s} {statistics.median(values):8,.0f} tokens/s  {statistics.median(values) / baseline:5.2f}x")
+        print(
+            f"{name:36s} {statistics.median(values):8,.0f} tokens/s  {statistics.median(values) / baseline:5.2f}x"
+        )

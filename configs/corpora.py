@@ -1,14 +1,23 @@
 """The corpora: where they come from, how much of each a whole 1B curriculum reads, and the benchmarks kept out of them.
 
 Any can be replaced by one's own: --config.corpora.fineweb_edu.url='file://texts/*.jsonl.zst' --config.corpora.fineweb_edu.licence=CC0. URLs:
-nanollama_jax/data/sources.py, which also knows the licences of those named here.
+nanollama_jax/corpus/sources.py, which also knows the licences of those named here.
 """
 
 
-def _corpus(url: str, billion_tokens: float = 0, *, keep: str = "", contaminated: str = "drop") -> dict:
-    """`billion_tokens` at scale 1b (0: all there is); `keep`: a filter of data/filters.py. `contaminated`: "drop" the document, "cut" the passage.
+def _corpus(
+    url: str, billion_tokens: float = 0, *, keep: str = "", contaminated: str = "drop"
+) -> dict:
+    """`billion_tokens` at scale 1b (0: all there is); `keep`: a filter of corpus/filters.py. `contaminated`: "drop" the document, "cut" the passage.
     `licence`, "": what is known of the URL, or "not stated"."""
-    return dict(url=url, licence="", max_tokens=int(billion_tokens * 1e9), keep=keep, contaminated=contaminated, leave_out="")
+    return dict(
+        url=url,
+        licence="",
+        max_tokens=int(billion_tokens * 1e9),
+        keep=keep,
+        contaminated=contaminated,
+        leave_out="",
+    )
 
 
 # Budgets are what the stages read (phase 1: 24.1B; half of 3.0B each of books and code; 50, 30 and 20 % of 3.0B) and a few percent.
@@ -32,20 +41,22 @@ def _tuning(kind: str, url: str, bad_rows: str = "stop") -> dict:
     return dict(url=url, licence="", kind=kind, bad_rows=bad_rows)
 
 
-# Conversations and preference pairs to fine-tune on (data/conversations.py and data/preference.py list the formats).
+# Conversations and preference pairs to fine-tune on (chat/conversations.py and chat/preference.py list the formats).
 TUNING = {
     "tools": _tuning("conversations", "builtin://tools?rows=6000"),
     "math": _tuning("conversations", "builtin://math?rows=6000"),
     "right_or_wrong": _tuning("preferences", "builtin://right_or_wrong?rows=800"),
     "oasst2": _tuning("conversations", "hf://OpenAssistant/oasst2?tree=oasst&lang=en", "skip"),
     "metamath": _tuning("conversations", "hf://meta-math/MetaMathQA", "skip"),
-    "hermes": _tuning("conversations", "hf://NousResearch/hermes-function-calling-v1?name=func_calling", "skip"),
+    "hermes": _tuning(
+        "conversations", "hf://NousResearch/hermes-function-calling-v1?name=func_calling", "skip"
+    ),
     "hh_rlhf": _tuning("preferences", "hf://Anthropic/hh-rlhf", "skip"),
 }
 
 _BFCL = "hf://gorilla-llm/Berkeley-Function-Calling-Leaderboard?file=BFCL_v3_"
 
-# Searched for in all text, conversations and pairs that are prepared; name -> URL. data/decontaminate.py knows their fields by these names.
+# Searched for in all text, conversations and pairs that are prepared; name -> URL. corpus/decontaminate.py knows their fields by these names.
 # Local files: --config.data.benchmarks.gsm8k='file://gsm8k/test.jsonl'
 BENCHMARKS = {
     "mmlu": "hf://cais/mmlu?name=all&split=test",

@@ -11,4 +11,6 @@ from configs import common, dpo, phase1, phase2_8k, phase2_16k, phase3, sft
 
 
 def get_config(scale: str = "nano"):
-    return common.recipe(scale, [each.stage(scale) for each in (phase1, phase2_8k, phase2_16k, phase3, sft, dpo)])
+    return common.recipe(
+        scale, [each.stage(scale) for each in (phase1, phase2_8k, phase2_16k, phase3, sft, dpo)]
+    )

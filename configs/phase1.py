@@ -10,8 +10,17 @@ from configs import common
 
 
 def stage(scale: str):
-    shares = {"docs": 0.6, "code": 0.3, "reasoning": 0.1} if scale == "nano" else {"fineweb_edu": 1.0}
-    return common.phase(scale, 0, name="phase1", seq_len=256 if scale == "nano" else 4096, theta=(10_000.0, 10_000.0), shares=shares)
+    shares = (
+        {"docs": 0.6, "code": 0.3, "reasoning": 0.1} if scale == "nano" else {"fineweb_edu": 1.0}
+    )
+    return common.phase(
+        scale,
+        0,
+        name="phase1",
+        seq_len=256 if scale == "nano" else 4096,
+        theta=(10_000.0, 10_000.0),
+        shares=shares,
+    )
 
 
 def get_config(scale: str = "1b"):

@@ -10,7 +10,14 @@ from configs import common
 
 def stage(scale: str):
     shares = {"docs": 0.5, "code": 0.5} if scale == "nano" else {"pg19": 0.5, "stack_python": 0.5}
-    return common.phase(scale, 2, name="phase2_16k", seq_len=1024 if scale == "nano" else 16_384, theta=(500_000.0, 500_000.0), shares=shares)
+    return common.phase(
+        scale,
+        2,
+        name="phase2_16k",
+        seq_len=1024 if scale == "nano" else 16_384,
+        theta=(500_000.0, 500_000.0),
+        shares=shares,
+    )
 
 
 def get_config(scale: str = "1b"):

@@ -11,7 +11,14 @@ from configs import common
 
 def stage(scale: str):
     shares = {"docs": 0.5, "code": 0.5} if scale == "nano" else {"pg19": 0.5, "stack_python": 0.5}
-    return common.phase(scale, 1, name="phase2_8k", seq_len=512 if scale == "nano" else 8192, theta=(10_000.0, 500_000.0), shares=shares)
+    return common.phase(
+        scale,
+        1,
+        name="phase2_8k",
+        seq_len=512 if scale == "nano" else 8192,
+        theta=(10_000.0, 500_000.0),
+        shares=shares,
+    )
 
 
 def get_config(scale: str = "1b"):

@@ -14,7 +14,14 @@ def stage(scale: str):
         shares = {"docs": 0.3, "code": 0.2, "reasoning": 0.3, "transcripts": 0.2}
     else:
         shares = {"open_web_math": 0.5, "stackexchange": 0.3, "wikipedia": 0.2}
-    return common.phase(scale, 3, name="phase3", seq_len=256 if scale == "nano" else 4096, theta=(500_000.0, 500_000.0), shares=shares)
+    return common.phase(
+        scale,
+        3,
+        name="phase3",
+        seq_len=256 if scale == "nano" else 4096,
+        theta=(500_000.0, 500_000.0),
+        shares=shares,
+    )
 
 
 def get_config(scale: str = "1b"):

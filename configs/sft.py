@@ -13,10 +13,30 @@ from configs import common
 def stage(scale: str):
     if scale == "nano":
         shares, prompts = {"tools": 0.5, "math": 0.5}, ("What is 12 + 7?",)
-        return common.tuning(scale, "sft", steps=600, rows=2, seq_len=512, peak_lr=1e-3, warmup_steps=40, shares=shares, prompts=prompts)
+        return common.tuning(
+            scale,
+            "sft",
+            steps=600,
+            rows=2,
+            seq_len=512,
+            peak_lr=1e-3,
+            warmup_steps=40,
+            shares=shares,
+            prompts=prompts,
+        )
     shares = {"oasst2": 0.5, "metamath": 0.25, "hermes": 0.25}
     prompts = ("What is 15 * 24?", "Write a short poem about the sea.", "Why is the sky blue?")
-    return common.tuning(scale, "sft", steps=12_000, rows=8, seq_len=2048, peak_lr=1e-5, warmup_steps=100, shares=shares, prompts=prompts)
+    return common.tuning(
+        scale,
+        "sft",
+        steps=12_000,
+        rows=8,
+        seq_len=2048,
+        peak_lr=1e-5,
+        warmup_steps=100,
+        shares=shares,
+        prompts=prompts,
+    )
 
 
 def get_config(scale: str = "1b"):

@@ -43,7 +43,10 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_gate(value: Any) -> bool:
-    if not isinstance(value, tuple) or [type(number) in (int, float) for number in value] != [True] * 3:
+    if (
+        not isinstance(value, tuple)
+        or [type(number) in (int, float) for number in value] != [True] * 3
+    ):
         return False
     step, go, stop = value
     return type(step) is int and 1 <= step <= MAX_STEPS and 0 < go <= stop <= 1e12
@@ -280,13 +283,13 @@ FIELDS: dict[str, Field] = {
         ("fineweb_edu",), "The corpora that it is trained on.", form=SOME_NAMES
     ),
     "corpora.*.url": Field(
-        str, "Where the text is: nanollama_jax/data/sources.py lists the forms.", form=URL
+        str, "Where the text is: nanollama_jax/corpus/sources.py lists the forms.", form=URL
     ),
     "corpora.*.licence": Field(str, "The text's licence, for the model card.", form=LINE),
     "corpora.*.max_tokens": Field(int, "Tokens to prepare; 0: all there are.", ge=0, le=10**14),
     "corpora.*.keep": Field(
         str,
-        "A filter of documents (nanollama_jax/data/filters.py); empty: keep all.",
+        "A filter of documents (nanollama_jax/corpus/filters.py); empty: keep all.",
         choices=("", "stem"),
     ),
     "corpora.*.contaminated": Field(
@@ -300,7 +303,7 @@ FIELDS: dict[str, Field] = {
         form=LINE,
     ),
     "tuning.*.url": Field(
-        str, "Where the conversations or pairs are: nanollama_jax/data/sources.py.", form=URL
+        str, "Where the conversations or pairs are: nanollama_jax/corpus/sources.py.", form=URL
     ),
     "tuning.*.licence": Field(str, "Their licence, for the model card.", form=LINE),
     "tuning.*.kind": Field(str, "What the rows are.", choices=("conversations", "preferences")),
@@ -370,7 +373,7 @@ FIELDS: dict[str, Field] = {
         "third it stops.",
         form=GATES,
     ),
-}  # fmt: skip
+}
 
 
 def defaults() -> ConfigDict:
@@ -399,7 +402,9 @@ def check(config: ConfigDict) -> None:
             wrong.append(f"stages.{stage}: {stage!r} must be {NAME.words}")
         wrong += [_mistake(prefix, path, value) for path, value in own.items()]
         missing = [name for name in FIELDS if "*" not in name and name not in present]
-        wrong += [f"{prefix}{name} is missing: it must be {FIELDS[name].allowed}" for name in missing]
+        wrong += [
+            f"{prefix}{name} is missing: it must be {FIELDS[name].allowed}" for name in missing
+        ]
     if mistakes := list(filter(None, wrong)):
         raise BadInput("; ".join(mistakes))
 
@@ -441,7 +446,10 @@ def did_you_mean(name: str) -> str:
     last = {known.rpartition(".")[2]: known for known in FIELDS if "*" not in known}
     near = difflib.get_close_matches(name, last.values(), n=1, cutoff=0.8)
     if not near:
-        near = [last[found] for found in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)]
+        near = [
+            last[found]
+            for found in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.75)
+        ]
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -463,4 +471,6 @@ def check_workdir(path: str | os.PathLike) -> None:
         raise BadInput(f"--workdir={os.fspath(path)}: {why}; choose a folder such as runs/NAME")
     if "[" in os.path.abspath(path):
         # Orbax globs for the parts of a checkpoint with a pattern that begins with this path: it would find none
-        raise BadInput(f"--workdir={os.fspath(path)}: checkpoints cannot be kept in a folder with '[' in its path: rename it")
+        raise BadInput(
+            f"--workdir={os.fspath(path)}: checkpoints cannot be kept in a folder with '[' in its path: rename it"
+        )

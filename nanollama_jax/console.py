@@ -23,7 +23,11 @@ for stream in (sys.stdout, sys.stderr):
 if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(errors="surrogateescape")
 
-_ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_ESCAPES = {
+    code: chr(code).encode("unicode_escape").decode()
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
+}
 _UNLIMITED = 100_000  # columns
 
 Item = TypeVar("Item")
@@ -43,19 +47,25 @@ class Console(rich.console.Console):
     @property
     def size(self) -> rich.console.ConsoleDimensions:
         size = super().size
-        return size if self.is_terminal or self._width is not None else size._replace(width=_UNLIMITED)
+        return (
+            size if self.is_terminal or self._width is not None else size._replace(width=_UNLIMITED)
+        )
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Cells and titles of tables; rich would remove some control characters and obey others."""
         return super().render_str(printable(text), **options)
 
-    def print(self, *objects: Any, style: str | None = None, end: str = "\n", **options: Any) -> None:
+    def print(
+        self, *objects: Any, style: str | None = None, end: str = "\n", **options: Any
+    ) -> None:
         """Strings go out as they are, control characters escaped on a terminal, whatever `options` say; rich would wrap
         them and expand tabs."""
         if all(isinstance(item, str) for item in objects):
             text = " ".join(objects)
             line = [
-                Segment(printable(text) if self.is_terminal else text, self.get_style(style or "none")),
+                Segment(
+                    printable(text) if self.is_terminal else text, self.get_style(style or "none")
+                ),
                 Segment(end),
             ]
             super().print(Segments(line), crop=False)
@@ -73,7 +83,9 @@ class Table(rich.table.Table):
 
     WHOLE = 12
 
-    def add_column(self, header: str = "", *, overflow: rich.console.OverflowMethod = "fold", **options: Any) -> None:
+    def add_column(
+        self, header: str = "", *, overflow: rich.console.OverflowMethod = "fold", **options: Any
+    ) -> None:
         super().add_column(header, overflow=overflow, **options)
         self._widen(self.columns[-1], header)
 
@@ -102,5 +114,7 @@ def track(
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=on, transient=transient, disable=not on.is_terminal) as progress:
+    with Progress(
+        *columns, console=on, transient=transient, disable=not on.is_terminal
+    ) as progress:
         yield from progress.track(items, total, description=printable(description))

@@ -29,7 +29,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with a module's docstring as its help; a mistake on the command line is one line on stderr and exit status 2."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
         for word in sys.argv[1:]:
@@ -38,7 +40,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        error_console.print(f"error: command line: {' '.join(message.split())} (--help lists the flags)")
+        error_console.print(
+            f"error: command line: {' '.join(message.split())} (--help lists the flags)"
+        )
         sys.exit(2)
 
 
@@ -50,14 +54,20 @@ def one_line_errors() -> Iterator[None]:
     """
     logging.set_verbosity(logging.FATAL)
     try:
-        if strange := next((word for word in sys.argv if word != word.encode(errors="ignore").decode()), None):
-            raise BadInput(f"{strange!r} on the command line is not UTF-8: rename it, or set PYTHONUTF8=1 if the terminal is UTF-8")
+        if strange := next(
+            (word for word in sys.argv if word != word.encode(errors="ignore").decode()), None
+        ):
+            raise BadInput(
+                f"{strange!r} on the command line is not UTF-8: rename it, or set PYTHONUTF8=1 if the terminal is UTF-8"
+            )
         yield
     except OSError as error:
         if error.strerror is None:  # not from the operating system
             raise
         where = f" ({' '.join(str(error.filename).split())})" if error.filename else ""
-        error_console.print(f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole")
+        error_console.print(
+            f"error: {error.strerror}{where}: mend that and run the same command again; what was saved is whole"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         process.exit_interrupted()
@@ -79,14 +89,20 @@ def flags_parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
             try:
                 rest = flags.FLAGS(argv)
                 if len(rest) > 1:
-                    raise ValueError(f"unexpected argument {rest[1]!r}: overrides are written --config.NAME=VALUE")
+                    raise ValueError(
+                        f"unexpected argument {rest[1]!r}: overrides are written --config.NAME=VALUE"
+                    )
                 if config.value is None:
-                    raise ValueError("there is no --config: try --config configs/curriculum.py:nano")
+                    raise ValueError(
+                        "there is no --config: try --config configs/curriculum.py:nano"
+                    )
                 check(config.value)  # a recipe that does not load says so only when it is looked at
                 return rest
             except SyntaxError as error:
                 where = f"{error.filename}:{error.lineno}"
-                raise BadInput(f"command line: {where} is not Python, so not a recipe: {error.msg}") from None
+                raise BadInput(
+                    f"command line: {where} is not Python, so not a recipe: {error.msg}"
+                ) from None
             except (AttributeError, KeyError) as error:
                 raise BadInput(f"command line: {_no_such_name(error, argv)}") from None
             except (flags.Error, ImportError, NameError, TypeError, ValueError, OSError) as error:

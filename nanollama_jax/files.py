@@ -29,7 +29,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     for other in path.parent.iterdir():
         process = other.name.removeprefix(prefix).removesuffix(".tmp")
-        if other.name == f"{prefix}{process}.tmp" and process.isdecimal() and _start_of(int(process)) is None:
+        if (
+            other.name == f"{prefix}{process}.tmp"
+            and process.isdecimal()
+            and _start_of(int(process)) is None
+        ):
             other.unlink(missing_ok=True)
     try:
         with temporary.open("wb") as file:
@@ -53,8 +57,12 @@ def output_path(path: str | os.PathLike, flag: str = "--out") -> Path:
     if not folder.is_dir():
         raise BadInput(f"{flag} {path}: {folder} is no folder: choose another name")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"{flag} {path}: {folder} cannot be written: choose another name, or change its permissions")
-    if checkpoint := next((folder for folder in path.parents if (folder / "_CHECKPOINT_METADATA").exists()), None):
+        raise BadInput(
+            f"{flag} {path}: {folder} cannot be written: choose another name, or change its permissions"
+        )
+    if checkpoint := next(
+        (folder for folder in path.parents if (folder / "_CHECKPOINT_METADATA").exists()), None
+    ):
         raise BadInput(f"{flag} {path} is in the checkpoint {checkpoint}: choose another name")
     return path
 
@@ -87,7 +95,9 @@ def locked(path: str | os.PathLike, else_say: str) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
             held = Path(f"{os.fspath(path)}.held")
-            console.print(f"{held.parent}: no locks here ({error.strerror}): {held} keeps other processes out instead")
+            console.print(
+                f"{held.parent}: no locks here ({error.strerror}): {held} keeps other processes out instead"
+            )
             stack.enter_context(_held(held, else_say))
         yield
 
@@ -102,7 +112,11 @@ def _held(path: Path, else_say: str) -> Iterator[None]:
             file.write(content)
     except FileExistsError:
         if (theirs := _holder(path)) is None or theirs["host"] != mine["host"]:
-            who = f"process {theirs['pid']} on {theirs['host'].partition(' ')[0]}" if theirs else "the process that began it"
+            who = (
+                f"process {theirs['pid']} on {theirs['host'].partition(' ')[0]}"
+                if theirs
+                else "the process that began it"
+            )
             raise BadInput(f"{else_say}; if {who} is over, remove {path}") from None
         if _start_of(theirs["pid"]) == theirs["started"]:
             raise BadInput(else_say) from None
@@ -130,7 +144,10 @@ def _host() -> str:
     """The machine's name; on Linux also its boot and the PID namespace: containers can share a name and not see each other's processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return " ".join(parts)
 
 

@@ -31,10 +31,14 @@ def keep_output_from_failing() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one: else the next file opened would get what is printed
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # takes the lowest free number, this one: else the next file opened would get what is printed
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)  # None if it was closed
-        encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+        encoding, errors = (
+            (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+        )
         with contextlib.suppress(OSError):  # no terminal
             # One that is ready may take less than it is given, and blocks. Opened anew: the shell shares the flags of the descriptor it gave us
             fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)

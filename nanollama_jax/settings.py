@@ -15,7 +15,7 @@ COMPILE_CACHE = pathlib.Path("~/.cache/nanollama-jax/compiled")
 def xla_flags(jax_version: str, deterministic: bool) -> list[str]:
     """For jax 0.10 and later."""
     # Beyond 0.8 of the memory XLA computes products again on its own to save some: compiled for 2 H100s at remat=products, the loss's three times and
-    # two more in each layer. 1.15 x 0.8 is MEMORY_FRACTION; what fits in it is for train/memory.py to say
+    # two more in each layer. 1.15 x 0.8 is MEMORY_FRACTION; what fits in it is for planning/memory.py to say
     flags = ["--xla_gpu_memory_limit_slop_factor=115"]
     if tuple(map(int, jax_version.split(".")[:2])) < (0, 11):
         # Gathers weights beside other work instead of before it; from 0.11 the default. Compiled for 2 H100s: asynchronous instead of synchronous
@@ -31,7 +31,10 @@ def apply(deterministic: bool = False) -> None:
     imported: its first look at the environment is its last."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only
-    flags = [*xla_flags(importlib.metadata.version("jax"), deterministic), os.environ.get("XLA_FLAGS", "")]  # of two the last counts
+    flags = [
+        *xla_flags(importlib.metadata.version("jax"), deterministic),
+        os.environ.get("XLA_FLAGS", ""),
+    ]  # of two the last counts
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 

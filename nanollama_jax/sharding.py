@@ -52,7 +52,12 @@ def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of data x fsdp `devices` (default: all there are), as `mesh_shape` has it."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(mesh_shape(data, fsdp, len(devices)), BATCH, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return jax.make_mesh(
+        mesh_shape(data, fsdp, len(devices)),
+        BATCH,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
+    )
 
 
 @contextlib.contextmanager
@@ -64,12 +69,19 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 def param_shardings(boxed_params: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of linen parameters that still carries logical axis names (from `jax.eval_shape` of init)."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_params), mesh, LOGICAL_AXIS_RULES)
+    return nn.logical_to_mesh_sharding(
+        nn.get_partition_spec(boxed_params), mesh, LOGICAL_AXIS_RULES
+    )
 
 
 def shardings_like(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for `tree` (an optimizer state): a leaf whose path ends like a parameter's lies as that parameter does, others are replicated."""
-    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings))}
+    by_path = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(shardings)
+        )
+    }
 
     def of(path, leaf):
         for start in range(len(path)):
@@ -93,7 +105,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places a global batch, of which every process has the whole, onto the mesh: each device takes its own rows."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        for name, array in batch.items()
+    }
 
 
 def split_microbatches(batch: dict[str, jax.Array], count: int) -> dict[str, jax.Array]:
@@ -101,12 +116,16 @@ def split_microbatches(batch: dict[str, jax.Array], count: int) -> dict[str, jax
 
     def split(array_BT):
         B, T = array_BT.shape
-        return jax.lax.with_sharding_constraint(array_BT.reshape(B // count, count, T).swapaxes(0, 1), P(None, BATCH, None))
+        return jax.lax.with_sharding_constraint(
+            array_BT.reshape(B // count, count, T).swapaxes(0, 1), P(None, BATCH, None)
+        )
 
     return jax.tree.map(split, batch)
 
 
-def on_each_batch_shard(function: Callable, split_args: tuple[bool, ...], outputs: tuple[str, ...]) -> Callable:
+def on_each_batch_shard(
+    function: Callable, split_args: tuple[bool, ...], outputs: tuple[str, ...]
+) -> Callable:
     """`function` run by each device on its own rows, weights whole: the form in which the loss gathers no activations.
 
     `split_args` says which arguments are split by rows. Of the `outputs`, "rows" stay with their device, "sum" are added up over all devices, and
@@ -119,12 +138,16 @@ def on_each_batch_shard(function: Callable, split_args: tuple[bool, ...], output
             if kind == "sum":
                 value = jax.lax.psum(value, BATCH)
             elif kind == "sum_embed":
-                value = jax.lax.psum(jax.lax.psum_scatter(value, "fsdp", scatter_dimension=0, tiled=True), "data")
+                value = jax.lax.psum(
+                    jax.lax.psum_scatter(value, "fsdp", scatter_dimension=0, tiled=True), "data"
+                )
             results.append(value)
         return tuple(results)
 
     in_specs = tuple(P(BATCH) if split else P() for split in split_args)
-    out_specs = tuple({"rows": P(BATCH), "sum": P(), "sum_embed": P("fsdp")}[kind] for kind in outputs)
+    out_specs = tuple(
+        {"rows": P(BATCH), "sum": P(), "sum_embed": P("fsdp")}[kind] for kind in outputs
+    )
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)
 
 

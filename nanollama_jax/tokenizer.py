@@ -34,7 +34,7 @@ CHAT_TOKENS = (TURN_START, TURN_END, THOUGHT_START, THOUGHT_END, TOOL_CALL, TOOL
 # stretches that end before a space or a newline. Newlines inside and in front of a stretch are learnt: on Python code the
 # pieces ":\n", ")\n\n" ... give 3.11 bytes a token where training on single lines gives 2.93 (4,096 pieces).
 # But no piece goes on after a newline with visible text ("\n#"; 0.1 % fewer bytes a token without): chat's "<|im_start|>assistant\n" has the same
-# ids whatever the answer begins with (data/chat.py).
+# ids whatever the answer begins with (chat/chatml.py).
 _SPACE = "\u2581"  # as SentencePiece writes a space
 # Encoded at a time. Books: 1,000, 4,000, 16,000, 64,000 characters and whole ones: 3.2, 3.5, 3.2, 2.2, 0.9 MB/s; library documentation: 3.2 to 2.0
 _PART_CHARACTERS = 4000
@@ -65,8 +65,13 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
                     read_bytes += len(match.group().encode())
                     if read_bytes > max_bytes:
                         return
-                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group()).replace(_RESERVED, _NOT_JOINED)
-        except (Exception, KeyboardInterrupt) as error:  # SentencePiece would make a RuntimeError of its own of it
+                    yield _LINE_START.sub("\n" + _NOT_JOINED, match.group()).replace(
+                        _RESERVED, _NOT_JOINED
+                    )
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # SentencePiece would make a RuntimeError of its own of it
             failure = error
 
     model = io.BytesIO()
@@ -94,7 +99,9 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int, max_by
         )
     except (RuntimeError, ValueError) as error:  # ValueError: a vocab_size beyond 31 bits
         if failure is None:
-            raise BadInput(_why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))) from error
+            raise BadInput(
+                _why_training_failed(str(error), vocab_size, min(read_bytes, max_bytes))
+            ) from error
     if failure is not None:
         raise failure
     with whole_file(path) as file:
@@ -120,17 +127,25 @@ class Tokenizer:
         try:
             self._load(Path(path).read_bytes() if model_bytes is None else model_bytes)
         except OSError as error:
-            raise BadInput(f"tokenizer {path}: {error.strerror}: give the path of a SentencePiece .model file") from error
+            raise BadInput(
+                f"tokenizer {path}: {error.strerror}: give the path of a SentencePiece .model file"
+            ) from error
         except RuntimeError as error:
-            raise BadInput(f"tokenizer {path} is not a SentencePiece model, or is damaged") from error
+            raise BadInput(
+                f"tokenizer {path} is not a SentencePiece model, or is damaged"
+            ) from error
         if self.bos_id < 0 or self.eos_id < 0:
-            raise BadInput(f"tokenizer {path} has no {'BOS' if self.bos_id < 0 else 'EOS'} piece: documents could not be delimited")
+            raise BadInput(
+                f"tokenizer {path} has no {'BOS' if self.bos_id < 0 else 'EOS'} piece: documents could not be delimited"
+            )
 
     def _load(self, model_bytes: bytes) -> None:
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model_bytes)  # the constructor takes an empty model for none
+        self._processor.LoadFromSerializedProto(
+            model_bytes
+        )  # the constructor takes an empty model for none
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
@@ -166,9 +181,14 @@ class Tokenizer:
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
         names = {piece.piece for piece in proto.pieces}
         if present := [piece for piece in CHAT_TOKENS if piece in names]:
-            raise BadInput(f"the vocabulary is already extended for chat, it has {present[0]}: give a base model's")
+            raise BadInput(
+                f"the vocabulary is already extended for chat, it has {present[0]}: give a base model's"
+            )
         unused = [f"<|unused_{i}|>" for i in range(-(self.vocab_size + len(CHAT_TOKENS)) % 8)]
-        for pieces, kind in ((CHAT_TOKENS, proto.SentencePiece.CONTROL), (unused, proto.SentencePiece.UNUSED)):
+        for pieces, kind in (
+            (CHAT_TOKENS, proto.SentencePiece.CONTROL),
+            (unused, proto.SentencePiece.UNUSED),
+        ):
             for piece in pieces:
                 proto.pieces.add(piece=piece, score=0.0, type=kind)
         return proto.SerializeToString()
@@ -186,29 +206,50 @@ class Tokenizer:
         merged = {
             piece.piece: piece.type
             for piece in proto.pieces
-            if len(piece.piece) == 1 or any(piece.piece[:i] in scores and piece.piece[i:] in scores for i in range(1, len(piece.piece)))
+            if len(piece.piece) == 1
+            or any(
+                piece.piece[:i] in scores and piece.piece[i:] in scores
+                for i in range(1, len(piece.piece))
+            )
         }
         unused = [name for name, kind in merged.items() if kind == kinds.UNUSED]
-        special = [name for name, kind in merged.items() if kind in (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)]
+        special = [
+            name
+            for name, kind in merged.items()
+            if kind in (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
+        ]
         named = lambda names: ", ".join(map(repr, names[:3]))  # noqa: E731
         for wrong, what in (
             (trainer.model_type != trainer.BPE, "is not byte-pair encoding"),
             (not trainer.byte_fallback, "has no byte fallback"),
-            (normalizer.precompiled_charsmap, f"normalizes text ({normalizer.name or 'its own rules'})"),
+            (
+                normalizer.precompiled_charsmap,
+                f"normalizes text ({normalizer.name or 'its own rules'})",
+            ),
             (proto.denormalizer_spec.precompiled_charsmap, "denormalizes text"),
             (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
             (not normalizer.escape_whitespaces, "does not escape whitespace"),
             (trainer.treat_whitespace_as_suffix, "treats whitespace as a suffix"),
-            (symbols and normalizer.add_dummy_prefix, f"has user-defined symbols ({named(symbols)}) and a dummy prefix"),
-            (any(" " in symbol for symbol in symbols), "has a user-defined symbol with a space in it"),
+            (
+                symbols and normalizer.add_dummy_prefix,
+                f"has user-defined symbols ({named(symbols)}) and a dummy prefix",
+            ),
+            (
+                any(" " in symbol for symbol in symbols),
+                "has a user-defined symbol with a space in it",
+            ),
             (unused, f"has unused pieces that text can become ({named(unused)})"),
         ):
             if wrong:
                 return dict.fromkeys(("tokenizer.json", "GGUF"), what)
         found = {}
         if special:  # llama.cpp merges into any piece
-            found["GGUF"] = f"has special pieces that llama.cpp would make of plain text ({named(special)})"
-        elif clash := _overlap(symbols):  # llama.cpp looks for the longest first, SentencePiece from left to right
+            found["GGUF"] = (
+                f"has special pieces that llama.cpp would make of plain text ({named(special)})"
+            )
+        elif clash := _overlap(
+            symbols
+        ):  # llama.cpp looks for the longest first, SentencePiece from left to right
             found["GGUF"] = f"has user-defined symbols that overlap ({clash})"
         # Of equal scores SentencePiece merges the leftmost. transformers cannot, except for runs of one character (export/tokenizer_json.py: merges)
         of_score: dict[float, list[str]] = {}
@@ -218,8 +259,17 @@ class Tokenizer:
         letters = {name for name, kind in merged.items() if kind == kinds.NORMAL and len(name) == 1}
         normal = [piece.piece for piece in proto.pieces if piece.type == kinds.NORMAL]
         if without := [name for name in normal if len(name) > 1 and not letters.issuperset(name)]:
-            found["tokenizer.json"] = f"has pieces of characters that are no pieces ({named(without)})"
-        elif tied := next((names for names in of_score.values() if len(names) > 1 and any(len(set(name)) > 1 for name in names)), None):
+            found["tokenizer.json"] = (
+                f"has pieces of characters that are no pieces ({named(without)})"
+            )
+        elif tied := next(
+            (
+                names
+                for names in of_score.values()
+                if len(names) > 1 and any(len(set(name)) > 1 for name in names)
+            ),
+            None,
+        ):
             found["tokenizer.json"] = f"has {len(tied)} pieces of the same score ({named(tied)})"
         return found
 
@@ -247,13 +297,24 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on one thread: preparation runs a process per core."""
         parts = [self._parts(text) for text in texts]
-        encoded = iter(self._processor.encode(list(itertools.chain.from_iterable(parts)), num_threads=1))
-        return [list(itertools.chain.from_iterable(itertools.islice(encoded, len(some)))) if len(some) > 1 else next(encoded) for some in parts]
+        encoded = iter(
+            self._processor.encode(list(itertools.chain.from_iterable(parts)), num_threads=1)
+        )
+        return [
+            list(itertools.chain.from_iterable(itertools.islice(encoded, len(some))))
+            if len(some) > 1
+            else next(encoded)
+            for some in parts
+        ]
 
     def _parts(self, text: str) -> list[str]:
         """`text` in parts that have the same ids one by one as together: SentencePiece takes four times as long over a book as over its pages."""
         parts, start = [], 0
-        while len(text) - start > _PART_CHARACTERS and self._cuts_at_spaces and (cut := _CUT.search(text, start + _PART_CHARACTERS)):
+        while (
+            len(text) - start > _PART_CHARACTERS
+            and self._cuts_at_spaces
+            and (cut := _CUT.search(text, start + _PART_CHARACTERS))
+        ):
             parts.append(text[start : cut.start()])
             start = cut.start() + self._adds_space  # which the next part is given again
         return [*parts, text[start:]]
@@ -262,14 +323,25 @@ class Tokenizer:
     def _cuts_at_spaces(self) -> bool:
         """Whether no piece reaches over the beginning of a run of spaces, and nothing else is done to the text: true of Llama's and of ours."""
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
-        plain = not proto.normalizer_spec.precompiled_charsmap and not proto.normalizer_spec.remove_extra_whitespaces
-        plain &= proto.normalizer_spec.escape_whitespaces and not proto.trainer_spec.treat_whitespace_as_suffix and proto.trainer_spec.byte_fallback
-        plain &= proto.trainer_spec.model_type == proto.trainer_spec.BPE  # a unigram model's scores are summed over the whole text, and round
+        plain = (
+            not proto.normalizer_spec.precompiled_charsmap
+            and not proto.normalizer_spec.remove_extra_whitespaces
+        )
+        plain &= (
+            proto.normalizer_spec.escape_whitespaces
+            and not proto.trainer_spec.treat_whitespace_as_suffix
+            and proto.trainer_spec.byte_fallback
+        )
+        plain &= (
+            proto.trainer_spec.model_type == proto.trainer_spec.BPE
+        )  # a unigram model's scores are summed over the whole text, and round
         return plain and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in proto.pieces)
 
     @functools.cached_property
     def _adds_space(self) -> bool:
-        return sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes).normalizer_spec.add_dummy_prefix
+        return sentencepiece_model_pb2.ModelProto.FromString(
+            self.model_bytes
+        ).normalizer_spec.add_dummy_prefix
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`. Control ids give nothing; bytes that are no UTF-8 give U+FFFD."""
@@ -278,13 +350,18 @@ class Tokenizer:
     def show(self, ids: Sequence[int]) -> str:
         """`decode` for eyes: control ids give their names, such as "<|im_end|>", as a text that spells one out would."""
         groups = itertools.groupby(map(int, ids), self._processor.is_control)
-        return "".join("".join(map(self._processor.id_to_piece, some)) if control else self.decode(list(some)) for control, some in groups)
+        return "".join(
+            "".join(map(self._processor.id_to_piece, some)) if control else self.decode(list(some))
+            for control, some in groups
+        )
 
 
 def _overlap(symbols: Sequence[str]) -> str:
     """Two of `symbols` of which the first one's end begins the second, which is not shorter: "ab" and "bcd". Empty if there are none."""
     for first, second in itertools.permutations(symbols, 2):
-        if len(second) < len(first) or len(set(first + second)) == 1:  # shorter runs of the same character are no matter
+        if (
+            len(second) < len(first) or len(set(first + second)) == 1
+        ):  # shorter runs of the same character are no matter
             continue
         if any(second.startswith(first[i:]) for i in range(1, len(first))):
             return f"{first!r}, {second!r}"

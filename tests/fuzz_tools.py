@@ -47,11 +47,11 @@ MEMORY = 24 * 2**30  # address space of a call, bytes
 # fmt: off
 # Heavy, and needed by most tools. None may start the backend of jax: a fork does not get its threads.
 PRELOADED = (
-    "matplotlib.pyplot", "nanollama_jax.curriculum", "nanollama_jax.data.estimate",
-    "nanollama_jax.data.near_duplicates", "nanollama_jax.evals.verifiable",
+    "matplotlib.pyplot", "nanollama_jax.curriculum", "nanollama_jax.corpus.estimate",
+    "nanollama_jax.corpus.near_duplicates", "nanollama_jax.evals.verifiable",
     "nanollama_jax.export.compare", "nanollama_jax.export.gguf", "nanollama_jax.export.hf",
-    "nanollama_jax.infer.attention_maps", "nanollama_jax.train.compile_for",
-    "nanollama_jax.train.plan", "benchmarks.train", "benchmarks.decode", "benchmarks.data",
+    "nanollama_jax.infer.attention_maps", "nanollama_jax.planning.compile_for",
+    "nanollama_jax.planning.plan", "benchmarks.train", "benchmarks.decode", "benchmarks.data",
 )
 
 NUMBERS = (
@@ -184,18 +184,24 @@ class Call:
         return cls(pid, os.pidfd_open(pid), folder, started, started + limit)
 
     def outcome(self) -> Outcome:
-        in_time = bool(select.select([self.ended], [], [], max(0, self.until - time.monotonic()))[0])
+        in_time = bool(
+            select.select([self.ended], [], [], max(0, self.until - time.monotonic()))[0]
+        )
         seconds = time.monotonic() - self.started
         os.close(self.ended)
         os.kill(self.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # its workers too, whether it has ended or not
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        out, err = ((self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        out, err = (
+            (self.folder / name).read_text(errors="replace") for name in ("stdout", "stderr")
+        )
         return Outcome(status if in_time else None, out, err, seconds)
 
 
-def _child(script: str, arguments: list[str], folder: pathlib.Path, before: Callable[[], None]) -> None:
+def _child(
+    script: str, arguments: list[str], folder: pathlib.Path, before: Callable[[], None]
+) -> None:
     status = 99
     try:
         os.setsid()
@@ -242,7 +248,11 @@ def flags_of(script: str, folder: pathlib.Path) -> list[str]:
         os._exit(0)
 
     def of_argparse(parser, *_):
-        answer(action.option_strings[-1] for action in parser._actions if action.option_strings and action.dest != "help")
+        answer(
+            action.option_strings[-1]
+            for action in parser._actions
+            if action.option_strings and action.dest != "help"
+        )
 
     def of_absl(main, flags_parser):
         answer(f"--{flag.name}" for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]])
@@ -252,7 +262,13 @@ def flags_of(script: str, folder: pathlib.Path) -> list[str]:
         absl.app.run = of_absl
 
     Call.of(script, [], folder, LIMIT, instead).outcome()
-    return sorted({name for name in json.loads((folder / "flags.json").read_text()) if not name.startswith("--config")})
+    return sorted(
+        {
+            name
+            for name in json.loads((folder / "flags.json").read_text())
+            if not name.startswith("--config")
+        }
+    )
 
 
 def cases(tool: str, calls: list[list[str]], names: list[str]) -> Iterator[Case]:
@@ -270,16 +286,22 @@ def cases(tool: str, calls: list[list[str]], names: list[str]) -> Iterator[Case]
         yield Case(tool, (*base[:at], *rest))
         yield Case(
             tool,
-            (*base, *base[at : at + 1 + takes_value]) if name in base else (*base, name, "1", name, "2"),
+            (*base, *base[at : at + 1 + takes_value])
+            if name in base
+            else (*base, name, "1", name, "2"),
         )
     for arguments in calls:
         for i, argument in enumerate(arguments):
-            if not argument.startswith("--") and (i == 0 or not arguments[i - 1].startswith("--")):  # positional
+            if not argument.startswith("--") and (
+                i == 0 or not arguments[i - 1].startswith("--")
+            ):  # positional
                 for value in ODD:
                     yield Case(tool, (*arguments[:i], value, *arguments[i + 1 :]))
         for extra in (["--nope"], ["--nope=1"], ["x"], ["--"], ["-x"], [""]):
             yield Case(tool, (*arguments, *extra))
-        for fixture in sorted({found for argument in arguments for found in re.findall(r"@[\w.]+", argument)}):
+        for fixture in sorted(
+            {found for argument in arguments for found in re.findall(r"@[\w.]+", argument)}
+        ):
             for seed in range(40 if fixture in FOLDERS else 12):
                 yield Case(tool, tuple(arguments), (fixture, seed))
 
@@ -288,7 +310,9 @@ def damaged(path: pathlib.Path, seed: int) -> None:
     """Does one thing to a file, or to a file in a folder."""
     rng = random.Random(seed)
     if path.is_dir():
-        path = rng.choice(sorted(one for one in path.glob("**/*") if one.is_file() and one.stat().st_size))
+        path = rng.choice(
+            sorted(one for one in path.glob("**/*") if one.is_file() and one.stat().st_size)
+        )
     content = path.read_bytes()
     kind = seed % 8 if path.suffix in (".json", ".jsonl", "") else seed % 5
     if kind == 0:
@@ -325,7 +349,11 @@ def damaged(path: pathlib.Path, seed: int) -> None:
         numbers = list(re.finditer(rb"\d+", content))
         if numbers:
             one = rng.choice(numbers)
-            path.write_bytes(content[: one.start()] + rng.choice([b"-1", b"0", b"1e400", b"NaN", b'"x"', b"null"]) + content[one.end() :])
+            path.write_bytes(
+                content[: one.start()]
+                + rng.choice([b"-1", b"0", b"1e400", b"NaN", b'"x"', b"null"])
+                + content[one.end() :]
+            )
     else:
         path.write_bytes(content.replace(b'"', b"'", rng.randrange(1, 9)))
 
@@ -335,9 +363,13 @@ def recipe_flags(tool: str, root: pathlib.Path) -> list[str]:
 
     if tool == "plan":  # looks for the largest batch that fits: slow for a tiny model
         return ["--config", f"{ROOT}/configs/phase1.py:1b"]
-    made = Lab(root).flags("phase1", pathlib.Path("x"), "--config.end_step=2", "--config.validation.every=2")
+    made = Lab(root).flags(
+        "phase1", pathlib.Path("x"), "--config.end_step=2", "--config.validation.every=2"
+    )
     made[1] = f"{ROOT}/{made[1]}"
-    return made[:2] + [flag for flag in made[4:] if tool != "prepare_data" or ".corpora." not in flag]
+    return made[:2] + [
+        flag for flag in made[4:] if tool != "prepare_data" or ".corpora." not in flag
+    ]
 
 
 def make_fixtures(root: pathlib.Path, lab: str | None) -> None:
@@ -373,9 +405,13 @@ def make_fixtures(root: pathlib.Path, lab: str | None) -> None:
             scan_layers=False,
         )
         tokens = jnp.zeros((1, 8), jnp.int32)
-        params = Llama(model).init(jax.random.key(0), tokens, tokens, tokens + 1, 10_000.0)["params"]
+        params = Llama(model).init(jax.random.key(0), tokens, tokens, tokens + 1, 10_000.0)[
+            "params"
+        ]
         params = jax.device_get(flax.core.meta.unbox(params))
-        metadata = checkpoint.weights_metadata(model, own, 10_000.0, 1024, {"imported_from": "nowhere"})
+        metadata = checkpoint.weights_metadata(
+            model, own, 10_000.0, 1024, {"imported_from": "nowhere"}
+        )
         loaded = checkpoint.Loaded(model, params, own, metadata, root / name)
         checkpoint.save_weights(loaded, root / name)
     loaded = checkpoint.load(root / "base")
@@ -403,7 +439,9 @@ def make_fixtures(root: pathlib.Path, lab: str | None) -> None:
     (root / "cut.parquet").write_bytes((root / "cut.parquet").read_bytes()[:-9])
 
 
-def started(case: Case, root: pathlib.Path, folder: pathlib.Path, more: list[str], limit: float) -> Call:
+def started(
+    case: Case, root: pathlib.Path, folder: pathlib.Path, more: list[str], limit: float
+) -> Call:
     folder.mkdir()
     if case.damage:
         name, seed = case.damage[0].removeprefix("@"), case.damage[1]
@@ -425,7 +463,9 @@ def started(case: Case, root: pathlib.Path, folder: pathlib.Path, more: list[str
     return Call.of(script, [*(more[2:] if named else more), *changed], folder, limit)
 
 
-def outcomes(tools: list[str], sample: int | None, seed: int, jobs: int, limit: float, lab: str | None) -> Iterator[tuple[Case, Outcome]]:
+def outcomes(
+    tools: list[str], sample: int | None, seed: int, jobs: int, limit: float, lab: str | None
+) -> Iterator[tuple[Case, Outcome]]:
     """Each case with its outcome, as they end."""
     for module in PRELOADED:
         __import__(module)
@@ -467,14 +507,18 @@ def outcomes(tools: list[str], sample: int | None, seed: int, jobs: int, limit: 
                 running[call.ended] = case, call
             until = min(call.until for _, call in running.values())
             ready = select.select(list(running), [], [], max(0, until - time.monotonic()))[0]
-            for ended in ready or [ended for ended, (_, call) in running.items() if call.until == until]:
+            for ended in ready or [
+                ended for ended, (_, call) in running.items() if call.until == until
+            ]:
                 case, call = running.pop(ended)
                 yield case, call.outcome()
                 shutil.rmtree(call.folder, ignore_errors=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tools", default=",".join((*CALLS, *OF_RECIPES)), metavar="NAME,NAME")
     parser.add_argument("--sample", type=int, help="cases of each tool, beside a valid call")
     parser.add_argument("--seed", type=int, default=0)
@@ -494,11 +538,15 @@ def main() -> None:
             arguments.lab,
         ):
             fault = outcome.fault(case.tool)
-            if outcome.status and case == Case(case.tool, tuple((CALLS | OF_RECIPES)[case.tool][0])):
+            if outcome.status and case == Case(
+                case.tool, tuple((CALLS | OF_RECIPES)[case.tool][0])
+            ):
                 fault = "a valid call fails"
             table[case.tool][fault or ("ok" if outcome.status == 0 else "refused")] += 1
             if fault:
-                failures.append(f"{fault}: {case}\n    {(outcome.err or outcome.out)[-600:].strip()}")
+                failures.append(
+                    f"{fault}: {case}\n    {(outcome.err or outcome.out)[-600:].strip()}"
+                )
             print(
                 json.dumps({"case": str(case), "fault": fault, **dataclasses.asdict(outcome)}),
                 file=log,
@@ -506,7 +554,9 @@ def main() -> None:
             )
     print("\n\n".join(sorted(failures)))
     for tool, counts in sorted(table.items()):
-        print(f"{tool:22} {counts.total():6} calls: {', '.join(f'{count} {what}' for what, count in counts.most_common())}")
+        print(
+            f"{tool:22} {counts.total():6} calls: {', '.join(f'{count} {what}' for what, count in counts.most_common())}"
+        )
     sys.exit(bool(failures))
 
 

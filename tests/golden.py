@@ -31,7 +31,11 @@ LOGGED = ("loss", "grad_norm", "lr", "rope_theta", "batch_crc32", "margin", "acc
 def run(lab: Lab, root: pathlib.Path) -> dict[str, Any]:
     """task -> {"steps": figures of each step, "params_sha256": of the float32 parameters after the last}."""
     model = [f"--config.model.{key}={value}" for key, value in NANO.items()]
-    pretrain = [f"--config.end_step={STEPS}", f"--config.schedule.total_steps={STEPS}", "--config.schedule.decay_start=40"]
+    pretrain = [
+        f"--config.end_step={STEPS}",
+        f"--config.schedule.total_steps={STEPS}",
+        "--config.schedule.decay_start=40",
+    ]
     lab.run("phase1", root / "phase1", *model, *pretrain)
     for task in ("sft", "dpo"):
         lab.tool("prepare_data", task, root)
@@ -41,15 +45,23 @@ def run(lab: Lab, root: pathlib.Path) -> dict[str, Any]:
 
 
 def _figures(workdir: pathlib.Path) -> dict[str, Any]:
-    steps = {str(step): {key: row[key] for key in LOGGED if key in row} for step, row in rows(workdir).items()}
+    steps = {
+        str(step): {key: row[key] for key in LOGGED if key in row}
+        for step, row in rows(workdir).items()
+    }
     digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree.leaves_with_path(checkpoint.load(workdir).params), key=lambda found: jax.tree_util.keystr(found[0])):
+    for path, leaf in sorted(
+        jax.tree.leaves_with_path(checkpoint.load(workdir).params),
+        key=lambda found: jax.tree_util.keystr(found[0]),
+    ):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
     return {"steps": steps, "params_sha256": digest.hexdigest()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", metavar="FILE", type=pathlib.Path)
     what.add_argument("--exact", metavar="FILE", type=pathlib.Path)
@@ -63,9 +75,15 @@ def main() -> None:
         arguments.write.write_text(json.dumps(found, indent=1) + "\n")
     elif (expected := json.loads(arguments.exact.read_text())) != found:
         for task in expected:
-            differing = [step for step, row in expected[task]["steps"].items() if found[task]["steps"].get(step) != row]
+            differing = [
+                step
+                for step, row in expected[task]["steps"].items()
+                if found[task]["steps"].get(step) != row
+            ]
             same = expected[task]["params_sha256"] == found[task]["params_sha256"]
-            print(f"{task}: steps that differ: {', '.join(differing) or 'none'}; final parameters {'the same' if same else 'differ'}")
+            print(
+                f"{task}: steps that differ: {', '.join(differing) or 'none'}; final parameters {'the same' if same else 'differ'}"
+            )
         sys.exit(1)
 
 

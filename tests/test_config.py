@@ -16,20 +16,68 @@ from ml_collections import config_flags
 from configs import curriculum, dpo, phase1
 from nanollama_jax import checkpoint, config, sharding
 from nanollama_jax.config import FIELDS, check, check_workdir, declared_name, defaults, did_you_mean
+from nanollama_jax.corpus import filters
 from nanollama_jax.curriculum import stages_of
-from nanollama_jax.data import filters, pipeline
+from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, flags_parser
 from nanollama_jax.model.config import ATTENTION_BACKENDS, REMAT_POLICIES
-from nanollama_jax.train import gates, optimizer, plan, settle
+from nanollama_jax.planning import plan
+from nanollama_jax.train import gates, optimizer, settle
 
 RECIPES = ("phase1", "phase2_8k", "phase2_16k", "phase3", "sft", "dpo", "curriculum")
 SCALES = ("nano", "60m", "300m", "1b")
 ODD = (
-    *(-1, 0, 1, 2**31, 2**63, 10**30, -0.5, 0.0, 1e-320, 1e-30, 0.3, 1e30, 1e308, math.nan, math.inf, -math.inf, True, None),
-    *("", "5", "a\nb", "a\0b", ".", "..", "-rf", "/", "/dev/null", "x" * 5000, "\udcff", b"x", np.float64("nan")),
-    *((), [], {}, (1,), ("",), (None,), ("a", "b/c"), ((1, "a", "b"),), ((5, 1.0),), ((2.5, 1.0, 2.0),), ((-5, 1.0, 2.0),), ((5, 2.0, 1.0),)),
+    *(
+        -1,
+        0,
+        1,
+        2**31,
+        2**63,
+        10**30,
+        -0.5,
+        0.0,
+        1e-320,
+        1e-30,
+        0.3,
+        1e30,
+        1e308,
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        None,
+    ),
+    *(
+        "",
+        "5",
+        "a\nb",
+        "a\0b",
+        ".",
+        "..",
+        "-rf",
+        "/",
+        "/dev/null",
+        "x" * 5000,
+        "\udcff",
+        b"x",
+        np.float64("nan"),
+    ),
+    *(
+        (),
+        [],
+        {},
+        (1,),
+        ("",),
+        (None,),
+        ("a", "b/c"),
+        ((1, "a", "b"),),
+        ((5, 1.0),),
+        ((2.5, 1.0, 2.0),),
+        ((-5, 1.0, 2.0),),
+        ((5, 2.0, 1.0),),
+    ),
     *(((5, 1.0, math.nan),), ((2**31, 1.0, 2.0),), ((True, 1.0, 2.0),)),
-)  # fmt: skip
+)
 
 
 def recipe(name, scale="nano"):
@@ -77,9 +125,14 @@ def downstream(stage):
     weights = dict(stage.data.sources)
     pipeline.check_weights({name: AnyText() for name in weights}, weights)
     rows = (stage.end_step - stage.start_step) * stage.batch_size
-    assert all(pipeline.shuffle_window(stage.seq_len, int(rows * w / sum(weights.values()))) >= 1 for w in weights.values())
+    assert all(
+        pipeline.shuffle_window(stage.seq_len, int(rows * w / sum(weights.values()))) >= 1
+        for w in weights.values()
+    )
     gates.thresholds(stage.gates.perplexity, stage.end_step)
-    optimizer.make_optimizer(**{key: value for key, value in stage.optimizer.items() if key != "peak_lr"})
+    optimizer.make_optimizer(
+        **{key: value for key, value in stage.optimizer.items() if key != "peak_lr"}
+    )
 
 
 def mixed(stage):
@@ -88,8 +141,17 @@ def mixed(stage):
         dict(stage.data.sources),
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=1),
     )
-    numbers = {name: grain.MapDataset.range(3).seed(pipeline.own_seed(stage.seed, name)).shuffle() for name in weights}
-    return next(iter(grain.IterDataset.mix({name: dataset.to_iter_dataset(one) for name, dataset in numbers.items()}, weights)))
+    numbers = {
+        name: grain.MapDataset.range(3).seed(pipeline.own_seed(stage.seed, name)).shuffle()
+        for name in weights
+    }
+    return next(
+        iter(
+            grain.IterDataset.mix(
+                {name: dataset.to_iter_dataset(one) for name, dataset in numbers.items()}, weights
+            )
+        )
+    )
 
 
 class AnyText:
@@ -101,7 +163,9 @@ def schedules(stage):
     start, end, rope = stage.start_step, stage.end_step, stage.rope
     for step in (np.int32(start), np.int32(end - 1)):
         lr = optimizer.wsd_schedule(step, stage.optimizer.peak_lr, **stage.schedule)
-        theta = optimizer.rope_theta_schedule(step, rope.start_theta, rope.end_theta, start, end, rope.schedule)
+        theta = optimizer.rope_theta_schedule(
+            step, rope.start_theta, rope.end_theta, start, end, rope.schedule
+        )
         assert 0 < lr <= 1 and 0.99 <= theta < 1.01e12
 
 
@@ -115,7 +179,13 @@ def test_every_setting_of_every_recipe_is_declared_and_right(name):
             declared.add(declared_name(own))
             assert declared_name(own), path
     missing = {key for key in FIELDS if key not in declared}
-    assert missing == {key for key in FIELDS if key.startswith({"sft": "corpora", "dpo": "corpora", "curriculum": "none"}.get(name, "tuning"))}
+    assert missing == {
+        key
+        for key in FIELDS
+        if key.startswith(
+            {"sft": "corpora", "dpo": "corpora", "curriculum": "none"}.get(name, "tuning")
+        )
+    }
 
 
 def test_declarations_hold_together():
@@ -126,8 +196,12 @@ def test_declarations_hold_together():
         if field.type in (int, float) and field.bounded:
             assert None in (field.ge, field.gt) and None in (field.le, field.lt), name
             for bound in (field.ge, field.gt, field.le, field.lt):
-                assert bound is None or field.accepts(field.type(bound)) == (bound in (field.ge, field.le)), name
-            assert not field.accepts(-2) and not field.accepts(10**30) and not field.accepts(math.nan), name
+                assert bound is None or field.accepts(field.type(bound)) == (
+                    bound in (field.ge, field.le)
+                ), name
+            assert (
+                not field.accepts(-2) and not field.accepts(10**30) and not field.accepts(math.nan)
+            ), name
     assert FIELDS["task"].choices == checkpoint.TASKS
     assert FIELDS["model.attention"].choices == ("auto", *ATTENTION_BACKENDS)
     assert FIELDS["model.remat"].choices == ("auto", *REMAT_POLICIES)
@@ -157,7 +231,9 @@ def test_no_odd_value_gets_past_the_check(name, scale, values):
             else:
                 passed += 1
                 assert not isinstance(value, bool) or field.type is bool
-                assert not isinstance(value, float) or (math.isfinite(value) and (abs(value) > 1e-300 or field.accepts(0.0)))
+                assert not isinstance(value, float) or (
+                    math.isfinite(value) and (abs(value) > 1e-300 or field.accepts(0.0))
+                )
                 assert not isinstance(value, int) or -1 <= value <= 10**14
                 assert not isinstance(value, str) or value.isprintable()
         set_leaf(whole, path, before)
@@ -172,7 +248,9 @@ def test_what_passes_the_check_at_a_bound_breaks_nothing_behind_it(module):
         field, before = FIELDS[declared_name(own)], whole
         for key in path:
             before = before[key]
-        for value in {field.type(bound) for bound in (field.ge, field.le) if bound is not None} | set(field.choices):
+        for value in {
+            field.type(bound) for bound in (field.ge, field.le) if bound is not None
+        } | set(field.choices):
             set_leaf(whole, path, value)
             if refusal(downstream, whole):
                 continue
@@ -267,9 +345,13 @@ def test_all_mistakes_are_named_and_a_stage_s_by_its_stage():
     with pytest.raises(BadInput) as caught:
         check(whole)
     for words in (
-        "optimizer.b1=2.0: must be", "stages.sft.batch_size=0: must be", "'a/b' must be a plain name", "'c/d' must be a plain name",
-        "optimizer.peak_rl=1.0: there is no such setting; did you mean optimizer.peak_lr?", "stages.dpo.seq_len is missing",
-    ):  # fmt: skip
+        "optimizer.b1=2.0: must be",
+        "stages.sft.batch_size=0: must be",
+        "'a/b' must be a plain name",
+        "'c/d' must be a plain name",
+        "optimizer.peak_rl=1.0: there is no such setting; did you mean optimizer.peak_lr?",
+        "stages.dpo.seq_len is missing",
+    ):
         assert words in str(caught.value)
 
 
@@ -285,7 +367,9 @@ def test_sizes_that_are_each_allowed_may_be_too_much_together():
 
 def test_seeds_do_not_alias():
     top = FIELDS["seed"].lt - 1
-    keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, top - 1, top)}
+    keys = {
+        tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, top - 1, top)
+    }
     assert len(keys) == 4
     assert len({pipeline.own_seed(seed, "docs") for seed in (0, 1, top - 1, top)}) == 4
 
@@ -342,14 +426,23 @@ def test_a_command_line_that_is_wrong(argv, says, monkeypatch, capsys):
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.setattr(sys, "argv", ["main.py", *argv])
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the recipe loaded before
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "", flag_values=values, lock_config=True
+    )
     with pytest.raises(SystemExit) as end:
         flags_parser(holder)(sys.argv)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and says in said
+        and said.startswith("error: ")
+        and said.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("path", ["", "/", ".", "docs", "nanollama_jax/../docs/x", "runs/lr[3e-4]", "[a]/b"])
+@pytest.mark.parametrize(
+    "path", ["", "/", ".", "docs", "nanollama_jax/../docs/x", "runs/lr[3e-4]", "[a]/b"]
+)
 def test_a_workdir_that_cannot_be(path, monkeypatch):
     monkeypatch.chdir(config.ROOT)
     with pytest.raises(BadInput, match="--workdir="):
@@ -383,5 +476,9 @@ def test_what_a_plan_counts():
         whole.model.vocab_size = vocabulary
         assert plan.bytes_per_token(whole) == size
     for stage in stages_of(curriculum.get_config("1b")).values():
-        kept = set(range(10_000, stage.end_step + 1, 10_000)) | set(sorted({*range(1000, stage.end_step, 1000), stage.end_step})[-2:])
-        assert plan.checkpoints_kept(stage) == 1 + len({step for step in kept if step > stage.start_step})
+        kept = set(range(10_000, stage.end_step + 1, 10_000)) | set(
+            sorted({*range(1000, stage.end_step, 1000), stage.end_step})[-2:]
+        )
+        assert plan.checkpoints_kept(stage) == 1 + len(
+            {step for step in kept if step > stage.start_step}
+        )

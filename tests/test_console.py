@@ -39,7 +39,9 @@ def console(**options) -> Console:
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-@pytest.mark.parametrize("options", [{}, {"force_terminal": True, "width": 40, "color_system": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"force_terminal": True, "width": 40, "color_system": None}]
+)
 def test_text_is_printed_as_it_is(text, options):
     to = console(**options)
     to.print(text)
@@ -54,7 +56,9 @@ def test_control_characters_do_nothing_on_a_terminal_and_stay_in_a_file():
         to.print(text)
     assert terminal.file.getvalue() == "a\\x1b[2J\\x1b]0;title\\x07\\r\\x08\\x9b1m\\x7f\tb\n\n"
     assert file.file.getvalue() == text + "\n"
-    assert printable("né 日本 \u200d \u00a0 \u200f") == "né 日本 \u200d \u00a0 \u200f", "text in other scripts is not control"
+    assert printable("né 日本 \u200d \u00a0 \u200f") == "né 日本 \u200d \u00a0 \u200f", (
+        "text in other scripts is not control"
+    )
 
 
 def table() -> Table:
@@ -86,10 +90,15 @@ def test_cells_fold_on_a_narrow_terminal(width):
     to = console(force_terminal=True, color_system=None, width=width)
     to.print(table())
     shown = to.file.getvalue()
-    assert "…" not in shown and "contaminated" in shown and "12,345,678" in shown, "short words and figures stay whole"
+    assert "…" not in shown and "contaminated" in shown and "12,345,678" in shown, (
+        "short words and figures stay whole"
+    )
     columns = [line.strip("│").split("│") for line in shown.splitlines() if line.startswith("│")]
     folded = ["".join(part.strip() for part in column) for column in zip(*columns, strict=True)]
-    assert folded[2] == "/very/long/path/[2024]/" + "x" * 100 and folded[1].replace(" ", "") == "ab" * 30
+    assert (
+        folded[2] == "/very/long/path/[2024]/" + "x" * 100
+        and folded[1].replace(" ", "") == "ab" * 30
+    )
 
 
 def test_a_progress_bar_reads_no_markup():
@@ -115,9 +124,17 @@ def test_only_one_module_prints():
     for path in [*ROOT.glob("nanollama_jax/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "main.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
-            name = called.id if isinstance(called, ast.Name) else f"rich.{called.attr}" if isinstance(called, ast.Attribute) else ""
+            name = (
+                called.id
+                if isinstance(called, ast.Name)
+                else f"rich.{called.attr}"
+                if isinstance(called, ast.Attribute)
+                else ""
+            )
             own = path.name == "console.py"
-            assert own or name not in ("print", "rich.Console", "rich.track"), f"{path}:{node.lineno}: use nanollama_jax.console"
+            assert own or name not in ("print", "rich.Console", "rich.track"), (
+                f"{path}:{node.lineno}: use nanollama_jax.console"
+            )
 
 
 LOGS = """
@@ -136,10 +153,16 @@ print("\\u00e9")
 def test_a_terminal_that_is_not_utf8(env, tmp_path):
     run = dict(cwd=ROOT, env=os.environ | env, capture_output=True, check=False)
     done = subprocess.run([sys.executable, "-c", LOGS, str(tmp_path)], **run)
-    assert done.returncode == 0 and not done.stderr and b"n\\xe9 \\U0001f600 [b] :x: \\ud800\n\\xe9\n" in done.stdout, done
+    assert (
+        done.returncode == 0
+        and not done.stderr
+        and b"n\\xe9 \\U0001f600 [b] :x: \\ud800\n\\xe9\n" in done.stdout
+    ), done
     assert "né 😀 [b] :x: \\ud800\n" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "né"}]}))
-    done = subprocess.run([sys.executable, "tools/check_finetuning_data.py", f"file://{tmp_path}/chats.jsonl"], **run)
+    done = subprocess.run(
+        [sys.executable, "tools/check_finetuning_data.py", f"file://{tmp_path}/chats.jsonl"], **run
+    )
     assert done.returncode == 2 and not done.stderr and b"role 'n\\xe9'" in done.stdout, done
 
 
@@ -166,4 +189,6 @@ def test_the_log_shows_text_as_it_is(tmp_path, capsys):
     metrics.set_up_logging(tmp_path, True)
     metrics.log.info("%s", "[b] :x: \\")
     logging.getLogger("nanollama").error("[/b]")
-    assert "[b] :x: \\\n" in capsys.readouterr().out and "[/b]\n" in (tmp_path / "log.txt").read_text()
+    assert (
+        "[b] :x: \\\n" in capsys.readouterr().out and "[/b]\n" in (tmp_path / "log.txt").read_text()
+    )

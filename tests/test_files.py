@@ -33,7 +33,10 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     path, host = tmp_path / "curves[1].png", socket.gethostname()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    begun = [tmp_path / f".curves[1].png.{at}.tmp" for at in (f"{host}.{gone.pid}", f"{host}.1", f"elsewhere.{gone.pid}", f"{host}.x")]
+    begun = [
+        tmp_path / f".curves[1].png.{at}.tmp"
+        for at in (f"{host}.{gone.pid}", f"{host}.1", f"elsewhere.{gone.pid}", f"{host}.x")
+    ]
     begun.append(tmp_path / f".other.png.{host}.{gone.pid}.tmp")
     for file in begun:
         file.touch()
@@ -43,7 +46,11 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
 
 
 def test_one_process_at_a_time(tmp_path):
-    with locked(tmp_path / "lock", "first"), pytest.raises(BadInput, match="second"), locked(tmp_path / "lock", "second"):
+    with (
+        locked(tmp_path / "lock", "first"),
+        pytest.raises(BadInput, match="second"),
+        locked(tmp_path / "lock", "second"),
+    ):
         pytest.fail("two are inside")
     with locked(tmp_path / "lock", "third"):
         pass
@@ -76,7 +83,9 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(BadInput, match=f"--workdir {tmp_path}/new/x: {tmp_path} cannot be written"):
         output_path("new/x", "--workdir")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "step_5"], "nothing is made by looking"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "step_5"], (
+        "nothing is made by looking"
+    )
 
 
 NO_FLOCK = """
@@ -93,7 +102,13 @@ with one_line_errors(), locked(sys.argv[1], "it is at work"):
 
 def start(path, seconds: float) -> subprocess.Popen:
     command = [sys.executable, "-c", NO_FLOCK, str(path), str(seconds)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_without_locks_a_file_keeps_others_out_until_it_ends_or_is_killed(tmp_path):
@@ -111,7 +126,9 @@ def test_without_locks_a_file_keeps_others_out_until_it_ends_or_is_killed(tmp_pa
 
 
 def test_of_two_that_take_over_a_dead_ones_lock_one_gets_it(tmp_path):
-    (tmp_path / "lock.held").write_text(json.dumps({"host": files._host(), "pid": os.getpid(), "started": "1"}))  # a number used again
+    (tmp_path / "lock.held").write_text(
+        json.dumps({"host": files._host(), "pid": os.getpid(), "started": "1"})
+    )  # a number used again
     both = [start(tmp_path / "lock", 2), start(tmp_path / "lock", 2)]
     said = [process.communicate() for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
@@ -126,18 +143,29 @@ def test_of_two_that_take_over_a_dead_ones_lock_one_gets_it(tmp_path):
         ('{"host": 3}', errno.EOPNOTSUPP),
     ],
 )
-def test_a_lock_file_that_this_machine_cannot_judge_is_named(tmp_path, monkeypatch, content, number):
+def test_a_lock_file_that_this_machine_cannot_judge_is_named(
+    tmp_path, monkeypatch, content, number
+):
     def no_locks(*_):
         raise OSError(number, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     (tmp_path / "lock.held").write_text(content)
     who = "process 1 on another" if "another" in content else "the process that began it"
-    with pytest.raises(BadInput, match=f"it is at work; if {who} is over, remove {tmp_path}/lock.held"), locked(tmp_path / "lock", "it is at work"):
+    with (
+        pytest.raises(
+            BadInput, match=f"it is at work; if {who} is over, remove {tmp_path}/lock.held"
+        ),
+        locked(tmp_path / "lock", "it is at work"),
+    ):
         pass
     assert (tmp_path / "lock.held").read_text() == content
     (tmp_path / "lock.held").unlink()
-    with locked(tmp_path / "lock", "x"), pytest.raises(BadInput, match="^y$"), locked(tmp_path / "lock", "y"):
+    with (
+        locked(tmp_path / "lock", "x"),
+        pytest.raises(BadInput, match="^y$"),
+        locked(tmp_path / "lock", "y"),
+    ):
         pass
     with locked(tmp_path / "lock", "x"):
         pass

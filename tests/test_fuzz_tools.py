@@ -15,7 +15,9 @@ TRACEBACK = "Traceback (most recent call last):\nKeyError: 1\n"
 
 def test_a_sample_of_all_tools(lab):  # noqa: F811
     command = [sys.executable, "-m", "tests.fuzz_tools", "--sample", "1", "--lab", str(lab.root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" calls: ") == len(CALLS) + len(OF_RECIPES)
 

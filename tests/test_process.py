@@ -30,7 +30,14 @@ process.say("went on")
 
 
 def start(stdout, **options):
-    return subprocess.Popen([sys.executable, "-c", PRINTS], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", PRINTS],
+        cwd=ROOT,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def went_on(process):
@@ -72,8 +79,17 @@ def test_a_slow_reader_gets_everything():
 def test_a_terminal_stays_one():
     ours, theirs = pty.openpty()
     shows = "from nanollama_jax import process; process.keep_output_from_failing(); import rich.console; print(rich.console.Console().is_terminal)"
-    subprocess.run([sys.executable, "-c", shows], cwd=ROOT, stdout=theirs, check=True, env=os.environ | {"TERM": "xterm"})
-    assert rich.console.Console(file=os.fdopen(theirs, "w")).is_terminal and os.read(ours, 100) == b"True\r\n"
+    subprocess.run(
+        [sys.executable, "-c", shows],
+        cwd=ROOT,
+        stdout=theirs,
+        check=True,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    assert (
+        rich.console.Console(file=os.fdopen(theirs, "w")).is_terminal
+        and os.read(ours, 100) == b"True\r\n"
+    )
     os.close(ours)
 
 
@@ -81,8 +97,17 @@ def test_a_terminal_stays_one():
 @pytest.mark.parametrize("library", ["jaxlib", "tensorstore"])
 def test_ctrl_c_before_training_is_one_line(tmp_path, library):
     """An exception in the midst of jaxlib's import was a segmentation fault; so was a shutdown under the threads of the others."""
-    command = [sys.executable, "main.py", "--config", "configs/phase1.py:nano", "--workdir", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "main.py",
+        "--config",
+        "configs/phase1.py:nano",
+        "--workdir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     maps = pathlib.Path(f"/proc/{process.pid}/maps")
     while library not in maps.read_text():
         assert process.poll() is None, process.communicate()

@@ -11,9 +11,15 @@ from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import TURN_END, TURN_START, Tokenizer
 
-PYTHON = "".join(path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py")))
+PYTHON = "".join(
+    path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py"))
+)
 # SentencePiece writes a space as U+2581 and so decodes both to a space: the one exception to the round trip.
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581") | st.sampled_from(" \n\t\r\0\u0301<s>/|"), max_size=80)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+    | st.sampled_from(" \n\t\r\0\u0301<s>/|"),
+    max_size=80,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,12 @@ def test_u2581_decodes_to_a_space(ours):
 @pytest.mark.parametrize("character", ["\u2585", "\u2586", "\t", "\0"])
 def test_text_around_a_character_that_sentencepiece_reserves_is_learned(tmp_path, character):
     common, rare = "alpha beta gamma delta omega kappa " * 500, "zyxwv " * 30
-    tokenizer.train([common, *[f"{rare}{character}{rare}"] * 20], tmp_path / "t.model", vocab_size=300, max_bytes=10**6)
+    tokenizer.train(
+        [common, *[f"{rare}{character}{rare}"] * 20],
+        tmp_path / "t.model",
+        vocab_size=300,
+        max_bytes=10**6,
+    )
     model = Tokenizer(tmp_path / "t.model")
     assert len(model.encode("zyxwv")) == 1
     assert model.decode(model.encode(f"a{character}b")) == f"a{character}b"
@@ -65,11 +76,24 @@ def test_text_around_a_character_that_sentencepiece_reserves_is_learned(tmp_path
 def test_control_ids_come_only_when_asked(ours):
     plain = ours.encode("<s>hello</s><unk>")
     assert not {ours.bos_id, ours.eos_id, 0} & set(plain)
-    assert ours.encode("<s>hello</s><unk>", bos=True, eos=True) == [ours.bos_id, *plain, ours.eos_id]
+    assert ours.encode("<s>hello</s><unk>", bos=True, eos=True) == [
+        ours.bos_id,
+        *plain,
+        ours.eos_id,
+    ]
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 600)
     chat = Tokenizer("chat", ours.extended())
-    ids = [chat.bos_id, chat.control_id(TURN_START), *chat.encode("user\nä </s>"), chat.control_id(TURN_END), chat.control_id(TURN_END)]
-    assert chat.decode(ids) == "user\nä </s>" and chat.show(ids) == "<s><|im_start|>user\nä </s><|im_end|><|im_end|>"
+    ids = [
+        chat.bos_id,
+        chat.control_id(TURN_START),
+        *chat.encode("user\nä </s>"),
+        chat.control_id(TURN_END),
+        chat.control_id(TURN_END),
+    ]
+    assert (
+        chat.decode(ids) == "user\nä </s>"
+        and chat.show(ids) == "<s><|im_start|>user\nä </s><|im_end|><|im_end|>"
+    )
 
 
 def test_indentation_and_line_ends_are_pieces_of_their_own(ours):
@@ -104,7 +128,9 @@ def test_max_bytes_bounds_what_is_read(tmp_path):
 
 
 def test_too_little_text_says_what_to_change(tmp_path):
-    with pytest.raises(BadInput, match=r"at most \d+ pieces, not 4000: lower vocab_size or train on more text"):
+    with pytest.raises(
+        BadInput, match=r"at most \d+ pieces, not 4000: lower vocab_size or train on more text"
+    ):
         tokenizer.train(["a few words"], tmp_path / "t.model", vocab_size=4000, max_bytes=1000)
     with pytest.raises(BadInput, match="raise vocab_size"):
         tokenizer.train(["a few words"], tmp_path / "t.model", vocab_size=100, max_bytes=1000)
@@ -125,7 +151,11 @@ def test_a_missing_or_damaged_model_is_refused(ours, tmp_path):
 
 def test_a_model_without_eos_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PYTHON.splitlines()), model_prefix=str(tmp_path / "no_eos"), vocab_size=300, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(PYTHON.splitlines()),
+        model_prefix=str(tmp_path / "no_eos"),
+        vocab_size=300,
+        eos_id=-1,
+        minloglevel=2,
     )
     with pytest.raises(BadInput, match="no EOS"):
         Tokenizer(tmp_path / "no_eos.model")
@@ -137,9 +167,14 @@ def test_a_pickled_tokenizer_needs_no_file(ours):
     assert (copy.sha256, copy.model_bytes) == (ours.sha256, ours.model_bytes)
 
 
-@pytest.mark.parametrize("error", [BadInput("a.jsonl:3: malformed"), ValueError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [BadInput("a.jsonl:3: malformed"), ValueError("a bug"), KeyboardInterrupt()]
+)
 def test_what_the_texts_raise_comes_out_as_itself(tmp_path, error):
-    for good in ([], [PYTHON]):  # SentencePiece fails of too little text, or could train on what came before
+    for good in (
+        [],
+        [PYTHON],
+    ):  # SentencePiece fails of too little text, or could train on what came before
 
         def texts(good=good):
             yield from good
@@ -159,7 +194,14 @@ def test_long_texts_are_encoded_in_parts_that_make_no_difference(which, request,
     lengths = []
 
     @settings(max_examples=300, deadline=None)
-    @given(st.lists(st.text(st.sampled_from("ab \u2581 \u6f22\n\U0001f600<s>x  "), min_size=30, max_size=80), max_size=3))
+    @given(
+        st.lists(
+            st.text(
+                st.sampled_from("ab \u2581 \u6f22\n\U0001f600<s>x  "), min_size=30, max_size=80
+            ),
+            max_size=3,
+        )
+    )
     def same_ids(texts):
         assert cut.encode_batch(texts) == whole.encode(texts)
         lengths.extend(len(cut._parts(text)) for text in texts)

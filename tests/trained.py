@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.common import phase, recipe
 from nanollama_jax import checkpoint
-from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.corpus.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.loop import train
 
@@ -51,21 +51,62 @@ def once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]) -> p
 
 
 def _make(folder: pathlib.Path) -> None:
-    modules = ("argparse", "ast", "collections", "dataclasses", "enum", "inspect", "json.decoder", "logging", "pathlib", "pdb", "tarfile", "typing")
+    modules = (
+        "argparse",
+        "ast",
+        "collections",
+        "dataclasses",
+        "enum",
+        "inspect",
+        "json.decoder",
+        "logging",
+        "pathlib",
+        "pdb",
+        "tarfile",
+        "typing",
+    )
     texts = [pathlib.Path(importlib.util.find_spec(name).origin).read_text() for name in modules]
     source = f"file://{folder}/code.jsonl"
-    (folder / "code.jsonl").write_text("".join(json.dumps({"text": text[i : i + 4000]}) + "\n" for text in texts for i in range(0, len(text), 4000)))
+    (folder / "code.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text[i : i + 4000]}) + "\n"
+            for text in texts
+            for i in range(0, len(text), 4000)
+        )
+    )
     train_tokenizer_for([source], folder / "tokenizer.model", VOCAB, 10**6)
-    prepare_source("code", source, "PSF-2.0", folder / "data" / "code", folder / "tokenizer.model", validation_fraction=0.1, tasks=1)
+    prepare_source(
+        "code",
+        source,
+        "PSF-2.0",
+        folder / "data" / "code",
+        folder / "tokenizer.model",
+        validation_fraction=0.1,
+        tasks=1,
+    )
     train(config_of(folder), folder / "run")
 
 
 def config_of(folder: pathlib.Path) -> ConfigDict:
     """What it is trained with."""
-    config = recipe("nano", [phase("nano", 0, name="phase1", seq_len=256, theta=(10_000.0, 10_000.0), shares={"code": 1.0})])
+    config = recipe(
+        "nano",
+        [
+            phase(
+                "nano",
+                0,
+                name="phase1",
+                seq_len=256,
+                theta=(10_000.0, 10_000.0),
+                shares={"code": 1.0},
+            )
+        ],
+    )
     with config.unlocked():
         config.corpora = {"code": {"url": f"file://{folder}/code.jsonl", "licence": "PSF-2.0"}}
-    config.update(dict(seq_len=128, batch_size=8, tokens_per_step=1024, end_step=STEPS, log_every=20))
+    config.update(
+        dict(seq_len=128, batch_size=8, tokens_per_step=1024, end_step=STEPS, log_every=20)
+    )
     config.model.update(dict(vocab_size=VOCAB, num_layers=2))
     config.tokenizer.path, config.data.dir = str(folder / "tokenizer.model"), str(folder / "data")
     config.schedule.update(dict(warmup_steps=10, decay_start=STEPS // 2, total_steps=STEPS))

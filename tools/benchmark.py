@@ -40,7 +40,10 @@ ONLY_ON_GPU = ("torch", "breakdown", "kernels")
 def on_gpu(arguments: argparse.Namespace) -> None:
     """The subject's cases, its table, and what follows from it."""
     a = arguments
-    rounds, where = a.rounds or 3, f"{a.scale}, rows of {a.seq_len:,} tokens, {train.TOKENS:,} tokens a step"
+    rounds, where = (
+        a.rounds or 3,
+        f"{a.scale}, rows of {a.seq_len:,} tokens, {train.TOKENS:,} tokens a step",
+    )
     cases, columns, title, notes = {
         "train": lambda: (
             train.gpu_cases(a.scale, a.seq_len, rounds, a.steps, a.profile),
@@ -60,7 +63,12 @@ def on_gpu(arguments: argparse.Namespace) -> None:
             f"Where a training step's time goes: {where}",
             breakdown.rest,
         ),
-        "kernels": lambda: (kernels.gpu_cases(a.scale, rounds), kernels.COLUMNS, f"Kernels at the shapes of {a.scale}", lambda rows: kernels.NOTES),
+        "kernels": lambda: (
+            kernels.gpu_cases(a.scale, rounds),
+            kernels.COLUMNS,
+            f"Kernels at the shapes of {a.scale}",
+            lambda rows: kernels.NOTES,
+        ),
         "decode": lambda: (
             decode.gpu_cases(a.scale, rounds),
             decode.COLUMNS,
@@ -73,28 +81,81 @@ def on_gpu(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("what", choices=("train", "torch", "breakdown", "kernels", "data", "decontaminate", "corpus", "decode", "grammar"))
-    parser.add_argument("--source", help="data, decontaminate: a source URL (default: the built-in corpus)")
-    parser.add_argument("--benchmark", action="append", default=[], metavar="NAME=URL", help="decontaminate, data: what to search for")
-    parser.add_argument("--rounds", type=int, help="how often each is measured (default: 5; on a GPU 3)")
-    parser.add_argument("--steps", type=int, default=3, help="train, torch, breakdown: steps each time (default: %(default)s)")
-    parser.add_argument("--scale", choices=tuple(MODELS), help="the model's size (default: nano; on a GPU 1b)")
-    parser.add_argument("--tokenizer", help="data, grammar: a SentencePiece model (default: one trained on the source; data/nano/tokenizer.model)")
+    parser.add_argument(
+        "what",
+        choices=(
+            "train",
+            "torch",
+            "breakdown",
+            "kernels",
+            "data",
+            "decontaminate",
+            "corpus",
+            "decode",
+            "grammar",
+        ),
+    )
+    parser.add_argument(
+        "--source", help="data, decontaminate: a source URL (default: the built-in corpus)"
+    )
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="decontaminate, data: what to search for",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="how often each is measured (default: 5; on a GPU 3)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="train, torch, breakdown: steps each time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scale", choices=tuple(MODELS), help="the model's size (default: nano; on a GPU 1b)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="data, grammar: a SentencePiece model (default: one trained on the source; data/nano/tokenizer.model)",
+    )
     gpu = parser.add_argument_group("on a GPU")
-    gpu.add_argument("--seq_len", type=int, default=4096, help="train, torch, breakdown: tokens in a row (default: %(default)s)")
-    gpu.add_argument("--minutes", type=float, default=9.0, help="no case is begun after so many (default: %(default)s)")
-    gpu.add_argument("--json", metavar="FILE", help="the table as JSON, written again after each case")
-    gpu.add_argument("--profile", metavar="DIR", help="train: a jax.profiler trace of a few steps of the first case, and no other case")
+    gpu.add_argument(
+        "--seq_len",
+        type=int,
+        default=4096,
+        help="train, torch, breakdown: tokens in a row (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="no case is begun after so many (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--json", metavar="FILE", help="the table as JSON, written again after each case"
+    )
+    gpu.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="train: a jax.profiler trace of a few steps of the first case, and no other case",
+    )
     arguments = parser.parse_args()
     for name in ("rounds", "steps", "seq_len"):
         if (count := getattr(arguments, name)) is not None and count < 1:
             raise BadInput(f"--{name}={count} must be at least 1")
     if unnamed := [one for one in arguments.benchmark if "=" not in one]:
-        raise BadInput(f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl")
+        raise BadInput(
+            f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl"
+        )
     settings.apply()  # before jax; the processes of the cases inherit it
     gpu_here = arguments.what in ON_GPU and has_gpu()
     if arguments.what in ONLY_ON_GPU and not gpu_here:
-        parser.error(f"{arguments.what} measures an NVIDIA GPU, and there is none (nvidia-smi, JAX_PLATFORMS)")
+        parser.error(
+            f"{arguments.what} measures an NVIDIA GPU, and there is none (nvidia-smi, JAX_PLATFORMS)"
+        )
     arguments.scale = arguments.scale or ("1b" if gpu_here else "nano")
     if gpu_here:
         on_gpu(arguments)

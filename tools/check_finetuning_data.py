@@ -1,5 +1,5 @@
 """Checks data to fine-tune on before a run does: conversations for SFT and preference pairs for DPO, in any of their formats, told apart by row
-(nanollama_jax/data/conversations.py and preference.py list them). Prints every bad row by file and line, then what each file holds and the
+(nanollama_jax/chat/conversations.py and preference.py list them). Prints every bad row by file and line, then what each file holds and the
 mistakes by reason; exits with 2 if there is any.
 
 python tools/check_finetuning_data.py 'file://chats/*.jsonl'
@@ -13,16 +13,28 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from nanollama_jax.chat.preference import check
 from nanollama_jax.console import Table, console
-from nanollama_jax.data.preference import check
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 
-COLUMNS = ("rows", "good", "bad", "pairs", "turns", "with thoughts", "with tools", "with calls", "characters")
+COLUMNS = (
+    "rows",
+    "good",
+    "bad",
+    "pairs",
+    "turns",
+    "with thoughts",
+    "with tools",
+    "with calls",
+    "characters",
+)
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("url", nargs="+", metavar="URL", help="a source, as in nanollama_jax/data/sources.py")
+    parser.add_argument(
+        "url", nargs="+", metavar="URL", help="a source, as in nanollama_jax/corpus/sources.py"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
     arguments = parser.parse_args()
     reasons: collections.Counter[str] = collections.Counter()
@@ -52,7 +64,10 @@ def kind_of_mistake(where: str, mistake: str) -> str:
     return re.sub(f"{quoted}|{number}", "...", mistake.removeprefix(f"{where}: "))
 
 
-def show(sources: list[collections.defaultdict[str, collections.Counter[str]]], reasons: collections.Counter[str]) -> None:
+def show(
+    sources: list[collections.defaultdict[str, collections.Counter[str]]],
+    reasons: collections.Counter[str],
+) -> None:
     table = Table("file", title="turns are messages; with ... counts rows", title_style="")
     for column in COLUMNS:
         table.add_column(column, justify="right")

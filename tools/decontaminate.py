@@ -16,7 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from configs.corpora import BENCHMARKS
 from nanollama_jax.console import Table, console
-from nanollama_jax.data import decontaminate, shards, sources
+from nanollama_jax.corpus import decontaminate, sources
+from nanollama_jax.data import shards
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.files import output_file, write_json
 from nanollama_jax.tokenizer import Tokenizer
@@ -26,34 +27,53 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("text", help="a source URL, or the folder of a prepared corpus")
     parser.add_argument(
-        "--benchmark", action="append", default=[], metavar="NAME=URL", help="may be given several times (default: those of the recipes)"
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="may be given several times (default: those of the recipes)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="that of a prepared corpus")
-    parser.add_argument("--out", default="contaminated_ids.json", metavar="FILE", help="where to write the report (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        default="contaminated_ids.json",
+        metavar="FILE",
+        help="where to write the report (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     with one_line_errors():
         if unnamed := [one for one in arguments.benchmark if "=" not in one]:
-            raise BadInput(f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl")
+            raise BadInput(
+                f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl"
+            )
         named = [one.split("=", 1) for one in arguments.benchmark]
         if len(dict(named)) < len(named):
             raise BadInput("--benchmark: a name is given twice: write gsm8k=URL and gsm8k_2=URL")
         if (out := output_file(arguments.out)).exists() or not out.parent.is_dir():
-            raise BadInput(f"--out {out}: there is {'such a file already' if out.exists() else 'no such folder'}: choose another name")
+            raise BadInput(
+                f"--out {out}: there is {'such a file already' if out.exists() else 'no such folder'}: choose another name"
+            )
         if "://" in arguments.text:
             documents = sources.read_documents(arguments.text, 0, 1)
         elif arguments.tokenizer:
             documents = shards.read_documents(arguments.text, Tokenizer(arguments.tokenizer))
         else:
-            raise BadInput(f"{arguments.text} is no source URL, as in file://texts/*.txt: of a prepared corpus, name the --tokenizer too")
+            raise BadInput(
+                f"{arguments.text} is no source URL, as in file://texts/*.txt: of a prepared corpus, name the --tokenizer too"
+            )
         index = decontaminate.Index(decontaminate.read_benchmarks(dict(named) or BENCHMARKS))
         report = decontaminate.search(documents, index, show)
         write_json(out, report)
     table = Table("benchmark", "items", "found", "in documents", title=arguments.out)
     for name, counts in report["benchmarks"].items():
-        table.add_row(name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}")
+        table.add_row(
+            name, f"{counts['items']:,}", f"{counts['items_found']:,}", f"{counts['documents']:,}"
+        )
     console.print(table)
     megabytes, short = report["bytes"] / 1e6, index.too_short.total()
-    console.print(f"{report['documents']:,} documents, {megabytes:,.1f} MB; {short:,} questions are too short to search for")
+    console.print(
+        f"{report['documents']:,} documents, {megabytes:,.1f} MB; {short:,} questions are too short to search for"
+    )
 
 
 _started = _last = time.monotonic()
@@ -63,7 +83,9 @@ def show(documents: int, size: int, hits: int) -> None:
     global _last
     if (now := time.monotonic()) - _last >= 10:
         _last = now
-        console.print(f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits")
+        console.print(
+            f"{documents:,} documents, {size / 1e6:,.0f} MB, {size / 1e6 / (now - _started):.1f} MB/s, {hits:,} hits"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python tools/evaluate.py --checkpoint runs/1b --tasks perplexity --text file://w
 python tools/evaluate.py --checkpoint runs/curriculum_nano --tasks reasoning,tools,tool_turns --questions 300 --out scores.json
 
 The others are questions of the built-in conversations' test splits, to fine-tuned models (nanollama_jax/evals/verifiable.py).
-Perplexity is that of running text (URLs as in nanollama_jax/data/sources.py), by one of two rules: nanollama_jax/evals/perplexity.py says which.
+Perplexity is that of running text (URLs as in nanollama_jax/corpus/sources.py), by one of two rules: nanollama_jax/evals/perplexity.py says which.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax import checkpoint
 from nanollama_jax.console import console, track
-from nanollama_jax.data import sources
+from nanollama_jax.corpus import sources
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
 from nanollama_jax.export.model_card import provenance
@@ -30,44 +30,107 @@ from nanollama_jax.infer.samples import parts
 ASKED = {  # task -> its questions, and how they are put
     "reasoning": (verifiable.reasoning_questions, "greedy"),
     "tools": (verifiable.tool_calls, "greedy, the first call, under the tools' grammar"),
-    "tool_turns": (verifiable.tool_turns, "greedy, the first message, without a grammar: calls or none"),
+    "tool_turns": (
+        verifiable.tool_turns,
+        "greedy, the first message, without a grammar: calls or none",
+    ),
 }
 TASKS = ("perplexity", *ASKED)
-MAX_QUESTIONS = 100_000  # they are made before the first is asked; the standard error is below 0.2 % by then
+MAX_QUESTIONS = (
+    100_000  # they are made before the first is asked; the standard error is below 0.2 % by then
+)
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir that main.py trained in, or one of its checkpoints/step_N")
-    parser.add_argument("--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir that main.py trained in, or one of its checkpoints/step_N",
+    )
+    parser.add_argument(
+        "--tasks", required=True, metavar="TASK,TASK", help=f"what to measure: {', '.join(TASKS)}"
+    )
     parser.add_argument("--out", metavar="FILE.json", help="where to write the results")
-    parser.add_argument("--questions", type=int, default=300, help="all but perplexity: how many of each (default: %(default)s)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="all but perplexity: print the first N replies")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=300,
+        help="all but perplexity: how many of each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="all but perplexity: print the first N replies",
+    )
     group = parser.add_argument_group("perplexity")
-    group.add_argument("--text", action="append", default=[], metavar="URL", help="a text; can be given several times, each has its own row")
-    group.add_argument("--rule", default="sliding", choices=perplexity.RULES, help="how windows are laid (default: %(default)s)")
-    group.add_argument("--context", type=int, help="tokens in a window (default: the checkpoint's context length; llama.cpp: 512)")
-    group.add_argument("--stride", type=int, help="tokens that a sliding window advances (default: half the context)")
-    group.add_argument("--max_tokens", type=int, default=1_000_000, help="tokens to use of each text (default: %(default)s)")
+    group.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a text; can be given several times, each has its own row",
+    )
+    group.add_argument(
+        "--rule",
+        default="sliding",
+        choices=perplexity.RULES,
+        help="how windows are laid (default: %(default)s)",
+    )
+    group.add_argument(
+        "--context",
+        type=int,
+        help="tokens in a window (default: the checkpoint's context length; llama.cpp: 512)",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        help="tokens that a sliding window advances (default: half the context)",
+    )
+    group.add_argument(
+        "--max_tokens",
+        type=int,
+        default=1_000_000,
+        help="tokens to use of each text (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     with one_line_errors():
         tasks = arguments.tasks.split(",")
         if unknown := set(tasks) - set(TASKS):
             raise BadInput(f"task {min(unknown)!r} is unknown: there is {', '.join(TASKS)}")
         if not 1 <= arguments.questions <= MAX_QUESTIONS:
-            raise BadInput(f"--questions={arguments.questions}: ask at least one, and at most {MAX_QUESTIONS:,}")
+            raise BadInput(
+                f"--questions={arguments.questions}: ask at least one, and at most {MAX_QUESTIONS:,}"
+            )
         if arguments.show < 0:
             raise BadInput(f"--show={arguments.show} must be at least 0")
         if "perplexity" in tasks and not arguments.text:
             raise BadInput("perplexity needs a text: give --text, such as --text builtin://docs")
         for url in arguments.text:
-            sources.matched_files(url)  # a file that is not there is found before the model is loaded
+            sources.matched_files(
+                url
+            )  # a file that is not there is found before the model is loaded
         if arguments.out is not None:
             output_file(arguments.out)
         loaded = checkpoint.load(arguments.checkpoint)
-        engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=loaded.rope_theta, context_length=loaded.context_length)
-        console.print(f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}")
-        results = dict(checkpoint=str(loaded.path), rope_theta=loaded.rope_theta, provenance=provenance(loaded.metadata))
+        engine = Engine(
+            loaded.model,
+            loaded.params,
+            loaded.tokenizer,
+            rope_theta=loaded.rope_theta,
+            context_length=loaded.context_length,
+        )
+        console.print(
+            f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}"
+        )
+        results = dict(
+            checkpoint=str(loaded.path),
+            rope_theta=loaded.rope_theta,
+            provenance=provenance(loaded.metadata),
+        )
         if "perplexity" in tasks:
             results |= measure_perplexity(arguments, engine)
         if asked := [task for task in tasks if task != "perplexity"]:
@@ -83,17 +146,23 @@ def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict
         verdicts = list(track(ask_all(engine, arguments.questions), task, arguments.questions))
         for verdict in verdicts[: arguments.show]:
             said = "".join(f"\n    {what}: {text!r}" for what, text in parts(verdict.reply))
-            console.print(f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}")
+            console.print(
+                f"[{verdict.kind}, {'right' if verdict.right else 'wrong'}] {verdict.question!r}{said}"
+            )
         results[task] = verifiable.shares(verdicts)
         console.print(f"{task}: test split, {how}")
         for kind, found in results[task].items():
             valid = f"   valid {found['valid']:6.1%}" if "valid" in found else ""
-            console.print(f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {found['standard_error']:.1%}{valid}")
+            console.print(
+                f"  {kind:18} {found['count']:5,}   right {found['right']:6.1%} ± {found['standard_error']:.1%}{valid}"
+            )
     return results
 
 
 def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
-    context, stride = perplexity.settle(arguments.rule, arguments.context, arguments.stride, engine.context_length)
+    context, stride = perplexity.settle(
+        arguments.rule, arguments.context, arguments.stride, engine.context_length
+    )
     console.print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")
     width = max(map(len, arguments.text))
     console.print(
@@ -104,7 +173,13 @@ def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[st
         documents = (document.text for document in sources.read_documents(url, 0, 1))
         try:
             found = perplexity.measure(
-                engine.score, engine.tokenizer, documents, rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens
+                engine.score,
+                engine.tokenizer,
+                documents,
+                rule=arguments.rule,
+                context=context,
+                stride=stride,
+                max_tokens=arguments.max_tokens,
             )
         except BadInput as error:
             raise BadInput(f"{url}: {error}") from error
@@ -115,7 +190,9 @@ def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[st
             f"{found.perplexity:10,.3f}  {found.bits_per_byte:9.4f}{cut}"
         )
         texts[url] = dataclasses.asdict(found)
-    settings = dict(rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens)
+    settings = dict(
+        rule=arguments.rule, context=context, stride=stride, max_tokens=arguments.max_tokens
+    )
     return {"perplexity": settings | {"texts": texts}}
 
 

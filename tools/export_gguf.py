@@ -18,8 +18,18 @@ from nanollama_jax.files import output_file
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
-    parser.add_argument("--type", required=True, choices=gguf.TYPES, help="of the weights; q8_0 and q4_k_m need the disk for an f32 file meanwhile")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N",
+    )
+    parser.add_argument(
+        "--type",
+        required=True,
+        choices=gguf.TYPES,
+        help="of the weights; q8_0 and q4_k_m need the disk for an f32 file meanwhile",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     arguments = parser.parse_args()
@@ -28,7 +38,9 @@ def main() -> None:
         loaded = checkpoint.load(arguments.checkpoint)
         gguf.export(loaded, arguments.out, arguments.type, overwrite=arguments.overwrite)
     size = pathlib.Path(arguments.out).stat().st_size
-    console.print(f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.type}, {size / 1e6:,.1f} MB)")
+    console.print(
+        f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.type}, {size / 1e6:,.1f} MB)"
+    )
 
 
 if __name__ == "__main__":

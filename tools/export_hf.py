@@ -18,9 +18,19 @@ from nanollama_jax.files import output_path
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="bfloat16", help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(hf.DTYPES),
+        default="bfloat16",
+        help="of the weights (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     arguments = parser.parse_args()
     with one_line_errors():
@@ -28,7 +38,9 @@ def main() -> None:
         loaded = checkpoint.load(arguments.checkpoint)
         hf.export(loaded, arguments.out, arguments.dtype, overwrite=arguments.overwrite)
     size = sum(file.stat().st_size for file in pathlib.Path(arguments.out).iterdir())
-    console.print(f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.dtype}, {size / 1e6:,.1f} MB)")
+    console.print(
+        f"{loaded.path}: {loaded.model.num_params:,} parameters -> {arguments.out} ({arguments.dtype}, {size / 1e6:,.1f} MB)"
+    )
 
 
 if __name__ == "__main__":

@@ -41,18 +41,33 @@ def show(engine: Engine, prompt: str, sampling: Sampling, options: dict[str, Any
     console.print(shown)
     now, count = time.monotonic(), len(completion.tokens)
     rate = f", then {(count - 1) / (now - first):,.1f} tokens/s" if first and count > 1 else ""
-    error_console.print(f"[{count} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first{rate}]")
+    error_console.print(
+        f"[{count} tokens, {completion.finish_reason}; {(first or now) - started:.2f} s to the first{rate}]"
+    )
 
 
-def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: dict[str, Any], out: pathlib.Path | None) -> None:
+def write_all(
+    engine: Engine,
+    prompts: list[str],
+    sampling: Sampling,
+    options: dict[str, Any],
+    out: pathlib.Path | None,
+) -> None:
     """A JSON object a line, in the order of the prompts, to `out` (whole or not at all) or stdout."""
     started = time.monotonic()
     found = track(engine.completions(prompts, sampling, **options), "generating", len(prompts))
     completions = [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
     seconds = time.monotonic() - started
-    ascii_only = out is None and not console.encoding.startswith("utf")  # JSON of any other escapes is no JSON
+    ascii_only = out is None and not console.encoding.startswith(
+        "utf"
+    )  # JSON of any other escapes is no JSON
     rows = (
-        {"prompt": prompt, "completion": c.text, "tokens": len(c.tokens), "finish_reason": c.finish_reason}
+        {
+            "prompt": prompt,
+            "completion": c.text,
+            "tokens": len(c.tokens),
+            "finish_reason": c.finish_reason,
+        }
         for prompt, c in zip(prompts, completions, strict=True)
     )
     lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
@@ -62,11 +77,15 @@ def write_all(engine: Engine, prompts: list[str], sampling: Sampling, options: d
         with whole_file(out) as file:
             file.write(lines.encode())
     tokens = sum(len(c.tokens) for c in completions)
-    error_console.print(f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]")
+    error_console.print(
+        f"[{len(prompts)} prompts, {tokens:,} tokens in {seconds:.1f} s, compilation included: {tokens / seconds:,.1f} tokens/s]"
+    )
 
 
 def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> None:
-    error_console.print(f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens.")
+    error_console.print(
+        f"One prompt a line (a base model goes on with it); an empty line or Ctrl-D ends. Context: {engine.context_length:,} tokens."
+    )
     for turn in itertools.count():
         try:
             prompt = input("> ")
@@ -75,7 +94,12 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
         if not prompt:
             return
         try:
-            show(engine, prompt, dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32), options)
+            show(
+                engine,
+                prompt,
+                dataclasses.replace(sampling, seed=(sampling.seed + turn) % 2**32),
+                options,
+            )
         except BadInput as error:  # one prompt too long does not end the session
             error_console.print(f"error: {error}")
         except KeyboardInterrupt:  # nor does an answer that was cut short
@@ -84,28 +108,57 @@ def converse(engine: Engine, sampling: Sampling, options: dict[str, Any]) -> Non
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir (its latest checkpoint), or WORKDIR/checkpoints/step_N",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
-    what.add_argument("--prompts", metavar="FILE", help="a prompt a line; .jsonl: an object with a `prompt` a line")
-    parser.add_argument("--out", metavar="FILE", help="with --prompts: where to write the completions, a JSON object a line (default: stdout)")
+    what.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; .jsonl: an object with a `prompt` a line",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="with --prompts: where to write the completions, a JSON object a line (default: stdout)",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text comes; can be given several times")
-    parser.add_argument("--json_schema", metavar="FILE", help="generate JSON that fits this schema, and nothing else")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end where this text comes; can be given several times",
+    )
+    parser.add_argument(
+        "--json_schema",
+        metavar="FILE",
+        help="generate JSON that fits this schema, and nothing else",
+    )
     for field in dataclasses.fields(Sampling):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s")
+        parser.add_argument(
+            f"--{field.name}", type=field.type, default=field.default, help="default: %(default)s"
+        )
     arguments = parser.parse_args()
     if arguments.out is not None and not arguments.prompts:
         parser.error("--out goes with --prompts")
     with one_line_errors():
-        sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})
+        sampling = Sampling(
+            **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)}
+        )
         options: dict[str, Any] = dict(max_new_tokens=arguments.max_new_tokens, stop=arguments.stop)
         if arguments.json_schema:
             options["grammar"] = json_schema(read_text(pathlib.Path(arguments.json_schema)))
         prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
         out = output_file(arguments.out) if arguments.out is not None else None
         if out and not out.parent.is_dir():
-            raise BadInput(f"{out.parent}: there is no such folder; make it, or choose another --out")
+            raise BadInput(
+                f"{out.parent}: there is no such folder; make it, or choose another --out"
+            )
         engine = Engine.from_checkpoint(arguments.checkpoint)
         if arguments.prompts:
             write_all(engine, prompts, sampling, options, out)
@@ -118,15 +171,21 @@ def main() -> None:
 def read_prompts(path: pathlib.Path) -> list[str]:
     """Raises BadInput for a file that is empty, or a line of .jsonl that has no prompt."""
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at characters that JSON leaves as they are
+    for number, line in enumerate(
+        read_text(path).split("\n"), 1
+    ):  # splitlines would also split at characters that JSON leaves as they are
         if not line.strip():
             continue
         try:
             prompts.append(json.loads(line)["prompt"] if path.suffix == ".jsonl" else line)
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f'{path}:{number}: a line is an object {{"prompt": "..."}}: {error!r}') from error
+            raise BadInput(
+                f'{path}:{number}: a line is an object {{"prompt": "..."}}: {error!r}'
+            ) from error
         if not isinstance(prompts[-1], str):
-            raise BadInput(f"{path}:{number}: the prompt is of type {type(prompts[-1]).__name__}, not a string")
+            raise BadInput(
+                f"{path}:{number}: the prompt is of type {type(prompts[-1]).__name__}, not a string"
+            )
     if not prompts:
         raise BadInput(f"{path} has no prompt")
     return prompts
@@ -134,9 +193,13 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 def read_text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows programs put a byte order mark in front
+        return path.read_text(
+            encoding="utf-8-sig"
+        )  # Windows programs put a byte order mark in front
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8: {error.reason} at byte {error.start}: convert it") from error
+        raise BadInput(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}: convert it"
+        ) from error
 
 
 if __name__ == "__main__":

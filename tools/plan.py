@@ -27,19 +27,33 @@ from nanollama_jax.console import Table, console
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 from nanollama_jax.model.config import REMAT_POLICIES
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:1b.", lock_config=True)
-TARGET = flags.DEFINE_enum("target", "h100", ["h100", "h200", "a100"], "The kind of GPU (a100: of 80 GB).")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, as in configs/phase1.py:1b.", lock_config=True
+)
+TARGET = flags.DEFINE_enum(
+    "target", "h100", ["h100", "h200", "a100"], "The kind of GPU (a100: of 80 GB)."
+)
 DEVICES = flags.DEFINE_integer("devices", 2, "How many of them.", lower_bound=1, upper_bound=2**16)
-MFU = flags.DEFINE_float("mfu", 0.4, "The share of their peak to reckon with, by the causal count.", lower_bound=0.01, upper_bound=1.0)
-COMPILE = flags.DEFINE_string("compile", None, "XLA's description of the GPU, to compile the step for it.")
-REMAT = flags.DEFINE_enum("remat", None, list(REMAT_POLICIES), "With --compile: this policy only. Default: all that fit.")
+MFU = flags.DEFINE_float(
+    "mfu",
+    0.4,
+    "The share of their peak to reckon with, by the causal count.",
+    lower_bound=0.01,
+    upper_bound=1.0,
+)
+COMPILE = flags.DEFINE_string(
+    "compile", None, "XLA's description of the GPU, to compile the step for it."
+)
+REMAT = flags.DEFINE_enum(
+    "remat", None, list(REMAT_POLICIES), "With --compile: this policy only. Default: all that fit."
+)
 
 
 def plan_stage(config: ConfigDict) -> None:
     from rich import box
 
-    from nanollama_jax.train import memory, plan
-    from nanollama_jax.train.compile_for import compile_for
+    from nanollama_jax.planning import memory, plan
+    from nanollama_jax.planning.compile_for import compile_for
 
     gpu, devices = plan.GPUS[TARGET.value], DEVICES.value
     model, shape = plan.settle_for(config, gpu, devices)
@@ -59,9 +73,27 @@ def plan_stage(config: ConfigDict) -> None:
         f"{plan.bytes_per_token(config) * tokens / 1e9:,.0f} GB of tokenised text if none is read twice",
     ]
     if model.attention == "xla":
-        lines.append("  no flash attention for this model on this GPU (documents are masked on Hopper and later only): dense, slow and large")
-    table = Table(title=f"GB a device, of {limit / 1e9:.1f} that a run may use", title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
-    columns = ("remat", "state", "gradients", "kept", "working", "cuDNN", "in all", "fits", "most rows")
+        lines.append(
+            "  no flash attention for this model on this GPU (documents are masked on Hopper and later only): dense, slow and large"
+        )
+    table = Table(
+        title=f"GB a device, of {limit / 1e9:.1f} that a run may use",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    columns = (
+        "remat",
+        "state",
+        "gradients",
+        "kept",
+        "working",
+        "cuDNN",
+        "in all",
+        "fits",
+        "most rows",
+    )
     for name in (*columns, *(("compiler", "ours / its") if COMPILE.value else ())):
         table.add_column(name, justify="left" if name == "remat" else "right")
     console.print("\n".join(lines))
@@ -69,8 +101,20 @@ def plan_stage(config: ConfigDict) -> None:
         of_policy = dataclasses.replace(model, remat=remat)
         took = memory.step_memory(of_policy, **shape)
         fits = took.total <= limit
-        figures = (took.state, took.copy + took.gradients, took.kept, took.working, took.workspace, took.total)
-        row = [remat, *(f"{figure / 1e9:.1f}" for figure in figures), "yes" if fits else "no", f"{plan.most_rows(of_policy, limit, shape)}"]
+        figures = (
+            took.state,
+            took.copy + took.gradients,
+            took.kept,
+            took.working,
+            took.workspace,
+            took.total,
+        )
+        row = [
+            remat,
+            *(f"{figure / 1e9:.1f}" for figure in figures),
+            "yes" if fits else "no",
+            f"{plan.most_rows(of_policy, limit, shape)}",
+        ]
         if COMPILE.value and (remat == REMAT.value if REMAT.value else fits):
             compiled = compile_for(config, of_policy, devices, COMPILE.value)
             row += [f"{compiled.bytes / 1e9:.1f}", f"{took.compiled / compiled.bytes:.3f}"]

@@ -10,7 +10,7 @@ by: extends the tokenizer with the chat tokens and encodes the conversations or 
 
 Run again, it goes on where it was stopped, does only what failed, and nothing where there is nothing left to do. What was found of the benchmarks in
 config.data.benchmarks stands in each corpus's contaminated_ids.json, and for conversations and pairs in left_out.txt. Source URLs:
-nanollama_jax/data/sources.py.
+nanollama_jax/corpus/sources.py.
 """
 
 import pathlib
@@ -22,16 +22,22 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from nanollama_jax import process
-from nanollama_jax.data.estimate import print_estimates
-from nanollama_jax.data.executor import KINDS, Executor
-from nanollama_jax.data.finetuning import prepare_stage
-from nanollama_jax.data.prepare import prepare_all
+from nanollama_jax.corpus.estimate import print_estimates
+from nanollama_jax.corpus.executor import KINDS, Executor
+from nanollama_jax.corpus.finetuning import prepare_stage
+from nanollama_jax.corpus.prepare import prepare_all
 from nanollama_jax.errors import BadInput, flags_parser, one_line_errors
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, as in configs/phase1.py:nano.", lock_config=True)
-DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Read a sample of each source, print what preparing it will take, and stop.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, as in configs/phase1.py:nano.", lock_config=True
+)
+DRY_RUN = flags.DEFINE_boolean(
+    "dry_run", False, "Read a sample of each source, print what preparing it will take, and stop."
+)
 EXECUTOR = flags.DEFINE_enum("executor", "local", KINDS, "Where the work is done.")
-WORKERS = flags.DEFINE_integer("workers", 0, "Ranks at a time; 0: one on each core, or as many as the cluster has room for.")
+WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Ranks at a time; 0: one on each core, or as many as the cluster has room for."
+)
 PARTITION = flags.DEFINE_string("partition", "", "Slurm: the partition.")
 TIME = flags.DEFINE_string("time", "24:00:00", "Slurm: the limit for one rank.")
 MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: for one rank, which has one core.")
@@ -40,16 +46,25 @@ MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: for one rank, which has
 def main(_: list[str]) -> None:
     with one_line_errors():
         if DRY_RUN.value and CONFIG.value.task != "pretrain":
-            raise BadInput("--dry_run estimates pre-training's corpora: tools/check_finetuning_data.py reads conversations and pairs")
+            raise BadInput(
+                "--dry_run estimates pre-training's corpora: tools/check_finetuning_data.py reads conversations and pairs"
+            )
         if DRY_RUN.value:
             print_estimates(CONFIG.value)
             return
-        from nanollama_jax.curriculum import stages_of  # not at the top: workers import this file, and have no use for jax
+        from nanollama_jax.curriculum import (
+            stages_of,
+        )  # not at the top: workers import this file, and have no use for jax
 
         config = CONFIG.value
         stages = stages_of(config).values()
         if any(stage.task == "pretrain" for stage in stages):
-            prepare_all(config, Executor(EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value))
+            prepare_all(
+                config,
+                Executor(
+                    EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value
+                ),
+            )
         for stage in stages:
             if stage.task != "pretrain":
                 prepare_stage(stage)

@@ -30,13 +30,18 @@ def tokens_on_disk(source: pipeline.Source) -> int:
     return source.tokens("train") + 2 * source.manifest["splits"]["train"]["documents"]
 
 
-def epochs(sources: Mapping[str, pipeline.Source], shares: Mapping[str, float], tokens: int) -> dict[str, float]:
+def epochs(
+    sources: Mapping[str, pipeline.Source], shares: Mapping[str, float], tokens: int
+) -> dict[str, float]:
     """How many times each source in `shares` (name -> weight, of any sum above 0) is read when `tokens` are read in all.
 
     BOS and EOS count on both sides: `tokens` is steps x tokens per step. Sources that `pipeline.train_batches` takes have no 0 to divide by.
     """
     total = sum(shares.values())
-    return {name: tokens * share / total / tokens_on_disk(sources[name]) for name, share in shares.items()}
+    return {
+        name: tokens * share / total / tokens_on_disk(sources[name])
+        for name, share in shares.items()
+    }
 
 
 def repetition_warnings(epochs: Mapping[str, float], during: str) -> list[str]:
@@ -65,9 +70,14 @@ class Mix:
 
 def open_mix(config: ConfigDict, tokenizer: Tokenizer) -> Mix:
     """`config` is one stage's. Raises BadInput for what training would not read either."""
-    weights, rows = dict(config.data.sources), (config.end_step - config.start_step) * config.batch_size
+    weights, rows = (
+        dict(config.data.sources),
+        (config.end_step - config.start_step) * config.batch_size,
+    )
     if not weights:
-        raise BadInput("data.sources is empty: name at least one prepared corpus and its share in the recipe")
+        raise BadInput(
+            "data.sources is empty: name at least one prepared corpus and its share in the recipe"
+        )
     if min(rows, config.seq_len, config.data.max_segments) < 1:
         raise BadInput(
             f"{config.name} has {rows:,} rows of {config.seq_len} tokens and data.max_segments={config.data.max_segments}: none may be below 1"
@@ -111,7 +121,9 @@ class Rows:
 
     def long_context(self, seq_len: int) -> float:
         """Share of tokens with at least half a row of their own document before them: a half where every row is one document's."""
-        return sum(np.maximum(pieces - seq_len // 2, 0).sum() for pieces in self.pieces) / (len(self.pieces) * seq_len)
+        return sum(np.maximum(pieces - seq_len // 2, 0).sum() for pieces in self.pieces) / (
+            len(self.pieces) * seq_len
+        )
 
 
 def context_bins(seq_len: int) -> list[int]:
@@ -119,7 +131,9 @@ def context_bins(seq_len: int) -> list[int]:
     return [2**k for k in range(seq_len.bit_length()) if 2**k < seq_len][-5:] + [seq_len]
 
 
-def describe(rows: Iterable[pipeline.Batch], tokenizer: Tokenizer, sample: Collection[int] = ()) -> Rows:
+def describe(
+    rows: Iterable[pipeline.Batch], tokenizer: Tokenizer, sample: Collection[int] = ()
+) -> Rows:
     """`rows` are as `pipeline.packed_rows` gives them; those numbered in `sample` are kept."""
     pieces, continued, samples, learnt, merged, begun, cut = [], [], {}, [], 0, 0, 0
     for number, row in enumerate(rows):
@@ -141,7 +155,13 @@ def read_rows(mix: Mix, name: str, tokenizer: Tokenizer, count: int, console: Co
     label = f"{mix.name}: reading {count:,} rows of {name}"
     if not console.is_terminal:
         console.print(label, soft_wrap=True)
-    packed = pipeline.packed_rows(mix.sources[name], tokenizer, seq_len=mix.seq_len, max_segments=mix.max_segments, seed=mix.seed)
+    packed = pipeline.packed_rows(
+        mix.sources[name],
+        tokenizer,
+        seq_len=mix.seq_len,
+        max_segments=mix.max_segments,
+        seed=mix.seed,
+    )
     with contextlib.closing(iter(packed)) as iterator:
         bar = track(itertools.islice(iterator, count), label, count, on=console, transient=True)
         return describe(bar, tokenizer, sample=(0, count // 2))

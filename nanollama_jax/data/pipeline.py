@@ -26,7 +26,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanollama_jax.data.shards import MANIFEST, dtype_for, load_manifest, naming_shard, split_shards, verify_shards
+from nanollama_jax.data.shards import (
+    MANIFEST,
+    dtype_for,
+    load_manifest,
+    naming_shard,
+    split_shards,
+    verify_shards,
+)
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
@@ -51,20 +58,28 @@ class Source:
         return self.manifest["splits"][split]["tokens"]
 
 
-def open_source(directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, kind: str = "documents") -> Source:
+def open_source(
+    directory: str | pathlib.Path, name: str, tokenizer: Tokenizer, kind: str = "documents"
+) -> Source:
     """`kind`: documents, conversations or preferences. Raises BadInput for a missing corpus, one of another kind or tokenised by another tokenizer,
     or a missing or truncated shard."""
     directory = pathlib.Path(directory) / name
     manifest = load_manifest(directory)
     if (found := manifest.get("kind", "documents")) != kind:
-        raise BadInput(f"{directory} holds {found} and this stage trains on {kind}: name another source in data.sources")
+        raise BadInput(
+            f"{directory} holds {found} and this stage trains on {kind}: name another source in data.sources"
+        )
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise BadInput(
             f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}, this one is {tokenizer.sha256[:12]}): "
             "set tokenizer.path to that one, or prepare into another data.dir"
         )
-    if manifest["dtype"] != (stored := dtype_for(tokenizer.vocab_size) if kind == "documents" else "uint32"):
-        raise BadInput(f"{directory / MANIFEST} has dtype={manifest['dtype']} where {kind} are stored in {stored}: restore it from a copy")
+    if manifest["dtype"] != (
+        stored := dtype_for(tokenizer.vocab_size) if kind == "documents" else "uint32"
+    ):
+        raise BadInput(
+            f"{directory / MANIFEST} has dtype={manifest['dtype']} where {kind} are stored in {stored}: restore it from a copy"
+        )
     verify_shards(directory, manifest)
     return Source(name, directory, manifest)
 
@@ -76,30 +91,47 @@ def fingerprint(sources: Mapping[str, Source]) -> str:
 
 
 def train_batches(
-    sources: Mapping[str, Source], weights: Mapping[str, float], tokenizer: Tokenizer, *,
-    batch_size: int, seq_len: int, max_segments: int, seed: int, windows: Mapping[str, int] | None = None,
-) -> grain.IterDataset:  # fmt: skip
+    sources: Mapping[str, Source],
+    weights: Mapping[str, float],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_segments: int,
+    seed: int,
+    windows: Mapping[str, int] | None = None,
+) -> grain.IterDataset:
     """Endless global batches of the sources in `weights`. Iterators have get_state and set_state; a state holds for the same
     `windows` alone (source -> rows that are shuffled among each other; the longest without).
     """
     check_weights(sources, weights)
     shuffled = {}
     for name in sorted(weights):
-        packed = packed_rows(sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed)
+        packed = packed_rows(
+            sources[name], tokenizer, seq_len=seq_len, max_segments=max_segments, seed=seed
+        )
         # A long document fills many rows in a row: without this a batch could be one book.
         window = windows[name] if windows else shuffle_window(seq_len)
-        shuffled[name] = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=own_seed(seed, name))
+        shuffled[name] = grain.experimental.WindowShuffleIterDataset(
+            packed, window_size=window, seed=own_seed(seed, name)
+        )
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
-    return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
+    return grain.experimental.ThreadPrefetchIterDataset(
+        mixed.batch(batch_size), prefetch_buffer_size=2
+    )
 
 
 def check_weights(sources: Mapping[str, Source], weights: Mapping[str, float]) -> None:
     """Raises BadInput for a weight or a source that nothing can be drawn by."""
     for name, weight in weights.items():
         if not 0 < weight < math.inf:
-            raise BadInput(f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead")
+            raise BadInput(
+                f"data.sources.{name}={weight}: a weight must be above 0; leave the source out instead"
+            )
         if not sources[name].tokens("train"):
-            raise BadInput(f"source {name!r} has no training documents: give it more text, or leave it out of data.sources")
+            raise BadInput(
+                f"source {name!r} has no training documents: give it more text, or leave it out of data.sources"
+            )
 
 
 def shuffle_window(seq_len: int, rows: int | None = None) -> int:
@@ -117,25 +149,36 @@ def shuffle_window(seq_len: int, rows: int | None = None) -> int:
 def shuffle_windows(weights: Mapping[str, float], seq_len: int, rows: int) -> dict[str, int]:
     """source -> its shuffle window in a stage that reads `rows` of all sources together."""
     total = sum(weights.values())
-    return {name: shuffle_window(seq_len, int(rows * weight / total)) for name, weight in weights.items()}
+    return {
+        name: shuffle_window(seq_len, int(rows * weight / total))
+        for name, weight in weights.items()
+    }
 
 
 def positions(state: dict[str, Any], sources: Mapping[str, Source], seed: int) -> dict[str, Any]:
     """source -> where it stands in which order, from the state of an iterator of `train_batches`: the first document of the window in hand."""
-    starts = {name: parent["parent_window_start_state"] for name, parent in state["parents"].items()}
-    return {name: {"at": start, "seed": seed, "corpus": fingerprint({name: sources[name]})} for name, start in starts.items()}
+    starts = {
+        name: parent["parent_window_start_state"] for name, parent in state["parents"].items()
+    }
+    return {
+        name: {"at": start, "seed": seed, "corpus": fingerprint({name: sources[name]})}
+        for name, start in starts.items()
+    }
 
 
 def begin_at(
     state: dict[str, Any], positions: Mapping[str, Any], sources: Mapping[str, Source], seed: int
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+) -> tuple[dict[str, Any], list[str]]:
     """The state of a new iterator with its sources at `positions`, whatever weights and row length they were read with: no document is skipped,
     and at most the rows of one window are read again. Sources without a position keep their beginning, and so do those, named, whose position is
     in another order: of another seed, or prepared anew.
     """
     parents, anew = dict(state["parents"]), []
     for name in parents.keys() & positions.keys():
-        if (positions[name]["seed"], positions[name]["corpus"]) == (seed, fingerprint({name: sources[name]})):
+        if (positions[name]["seed"], positions[name]["corpus"]) == (
+            seed,
+            fingerprint({name: sources[name]}),
+        ):
             parents[name] = parents[name] | {"parent_window_start_state": positions[name]["at"]}
         else:
             anew.append(name)
@@ -146,26 +189,50 @@ def own_seed(seed: int, name: str) -> int:
     return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
 
 
-def packed_rows(source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int) -> grain.IterDataset:
+def packed_rows(
+    source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int
+) -> grain.IterDataset:
     """Endless rows of the training documents in shuffled order, each epoch in another; a document's rows follow each other."""
-    documents = _documents(source, "train", tokenizer).seed(own_seed(seed, source.name)).shuffle().repeat()
+    documents = (
+        _documents(source, "train", tokenizer).seed(own_seed(seed, source.name)).shuffle().repeat()
+    )
     return PackIterDataset(documents.to_iter_dataset(READ_AHEAD), seq_len, max_segments)
 
 
-def validation_batches(source: Source, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, max_segments: int, max_rows: int) -> list[Batch]:
+def validation_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_segments: int,
+    max_rows: int,
+) -> list[Batch]:
     """`max_rows` rows of the validation split, always the same, as whole batches; the last is filled up with rows that weigh nothing."""
     if not source.tokens("validation"):
-        raise BadInput(f"source {source.name!r} has no validation documents: raise data.validation_fraction and prepare it again")
-    documents = _documents(source, "validation", tokenizer).seed(0).shuffle().to_iter_dataset(grain.ReadOptions(num_threads=1))
+        raise BadInput(
+            f"source {source.name!r} has no validation documents: raise data.validation_fraction and prepare it again"
+        )
+    documents = (
+        _documents(source, "validation", tokenizer)
+        .seed(0)
+        .shuffle()
+        .to_iter_dataset(grain.ReadOptions(num_threads=1))
+    )
     packed = PackIterDataset(documents, seq_len, max_segments)
     rows = []
-    for row in grain.experimental.WindowShuffleIterDataset(packed, window_size=shuffle_window(seq_len), seed=0):  # else they are of few documents
+    for row in grain.experimental.WindowShuffleIterDataset(
+        packed, window_size=shuffle_window(seq_len), seed=0
+    ):  # else they are of few documents
         rows.append(row)
         if len(rows) == max_rows:
             break
     empty = {name: np.zeros_like(array) for name, array in rows[0].items()}
     rows += [empty] * (-len(rows) % batch_size)
-    return [{name: np.stack([row[name] for row in rows[i : i + batch_size]]) for name in empty} for i in range(0, len(rows), batch_size)]
+    return [
+        {name: np.stack([row[name] for row in rows[i : i + batch_size]]) for name in empty}
+        for i in range(0, len(rows), batch_size)
+    ]
 
 
 def merged_documents(batch: Batch, bos_id: int) -> int:
@@ -177,7 +244,9 @@ def _documents(source: Source, split: str, tokenizer: Tokenizer) -> grain.MapDat
     """Documents as int32 arrays, BOS and EOS added."""
     dtype = np.dtype(source.manifest["dtype"])
     bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    return grain.MapDataset.source(_Records(source, split)).map(lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos]))
+    return grain.MapDataset.source(_Records(source, split)).map(
+        lambda record: np.concatenate([bos, np.frombuffer(record, dtype), eos])
+    )
 
 
 class _Records:
@@ -185,15 +254,23 @@ class _Records:
 
     def __init__(self, source: Source, split: str):
         self._shards = split_shards(source.directory, source.manifest, split)
-        self._ends = np.cumsum([shard["documents"] for shard in source.manifest["splits"][split]["shards"]])
+        self._ends = np.cumsum(
+            [shard["documents"] for shard in source.manifest["splits"][split]["shards"]]
+        )
         with naming_shard(source.directory / f"{split}-*"):  # which of them is not said
-            self._records = grain.sources.ArrayRecordDataSource([str(path) for path in self._shards])
+            self._records = grain.sources.ArrayRecordDataSource(
+                [str(path) for path in self._shards]
+            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, number: int) -> bytes:
-        with naming_shard(self._shards[min(int(np.searchsorted(self._ends, number, side="right")), len(self._shards) - 1)]):
+        with naming_shard(
+            self._shards[
+                min(int(np.searchsorted(self._ends, number, side="right")), len(self._shards) - 1)
+            ]
+        ):
             return self._records[number]
 
 
@@ -248,7 +325,13 @@ class _PackIterator(grain.DatasetIterator):
                 self._used += len(piece)
                 if self._used == len(self._document):
                     self._document = None
-        return {"tokens": tokens, "targets": targets, "loss_weights": loss_weights, "segment_ids": segment_ids, "positions": positions}
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "loss_weights": loss_weights,
+            "segment_ids": segment_ids,
+            "positions": positions,
+        }
 
     def _take_document(self) -> bool:
         self._state_before, self._used = self._parent.get_state(), 0
@@ -265,5 +348,7 @@ class _PackIterator(grain.DatasetIterator):
         self._document = None
         if state["used"]:
             if not self._take_document() or state["used"] >= len(self._document):
-                raise BadInput("the checkpoint's position is not in this corpus: it was prepared anew since; restore it, or choose another workdir")
+                raise BadInput(
+                    "the checkpoint's position is not in this corpus: it was prepared anew since; restore it, or choose another workdir"
+                )
             self._used = state["used"]

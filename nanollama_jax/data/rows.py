@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from nanollama_jax.data.finetuning import SAID
+from nanollama_jax.corpus.finetuning import SAID
 from nanollama_jax.data.pipeline import Batch, Source, own_seed
 from nanollama_jax.data.shards import naming_shard, split_shards
 from nanollama_jax.errors import BadInput
@@ -56,16 +56,31 @@ class Rows:
     first_pair: int = 0  # the number of the first unit, among all sources and splits
 
     @classmethod
-    def of(cls, source: Source, split: str, *, seq_len: int, max_segments: int, first_pair: int = 0) -> "Rows":
+    def of(
+        cls, source: Source, split: str, *, seq_len: int, max_segments: int, first_pair: int = 0
+    ) -> "Rows":
         """Raises BadInput for a source that was prepared for longer rows."""
         if source.manifest["max_tokens"] > seq_len:
             was = source.manifest["max_tokens"]
-            raise BadInput(f"{source.directory} was prepared for rows of {was} tokens: remove it and prepare it for {seq_len}")
+            raise BadInput(
+                f"{source.directory} was prepared for rows of {was} tokens: remove it and prepare it for {seq_len}"
+            )
         pairs = source.manifest["kind"] == "preferences"
-        records = [np.frombuffer(record, np.uint32) for path in split_shards(source.directory, source.manifest, split) for record in _read_all(path)]
+        records = [
+            np.frombuffer(record, np.uint32)
+            for path in split_shards(source.directory, source.manifest, split)
+            for record in _read_all(path)
+        ]
         records = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
-        units = [[record[1 : 1 + record[0]], record[1 + record[0] :]] if pairs else [record] for record in records]
-        bins = best_fit([sum(map(len, unit)) for unit in units], seq_len, max_segments // 2 if pairs else max_segments)
+        units = [
+            [record[1 : 1 + record[0]], record[1 + record[0] :]] if pairs else [record]
+            for record in records
+        ]
+        bins = best_fit(
+            [sum(map(len, unit)) for unit in units],
+            seq_len,
+            max_segments // 2 if pairs else max_segments,
+        )
         return cls(units, bins, seq_len, max_segments, pairs, first_pair)
 
     def __len__(self) -> int:
@@ -73,7 +88,10 @@ class Rows:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         T = self.seq_len
-        row = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")} | {"loss_weights": np.zeros(T, np.float32)}
+        row = {
+            name: np.zeros(T, np.int32)
+            for name in ("tokens", "targets", "segment_ids", "positions")
+        } | {"loss_weights": np.zeros(T, np.float32)}
         start = segment = 0
         for index in self.bins[number]:
             for side in self.units[index]:
@@ -90,32 +108,47 @@ class Rows:
         row["positions"][start:] = np.arange(T - start)
         if self.pairs:
             row["pairs"] = np.full(self.max_segments // 2, -1, np.int32)
-            row["pairs"][: len(self.bins[number])] = np.array(self.bins[number], np.int32) + self.first_pair
+            row["pairs"][: len(self.bins[number])] = (
+                np.array(self.bins[number], np.int32) + self.first_pair
+            )
         return row
 
     @property
     def fill(self) -> float:
         """The share of the rows' tokens that are not padding."""
-        return sum(len(side) for unit in self.units for side in unit) / max(1, len(self) * self.seq_len)
+        return sum(len(side) for unit in self.units for side in unit) / max(
+            1, len(self) * self.seq_len
+        )
 
     def batches(self, batch_size: int, max_rows: float = math.inf) -> Iterator[Batch]:
         """The first `max_rows` rows as whole batches, the last filled up with rows that weigh nothing."""
         count = int(min(max_rows, len(self)))
         for start in range(0, count, batch_size):
             rows = [self[number] for number in range(start, min(start + batch_size, count))]
-            empty = {name: np.full_like(array, -1 if name == "pairs" else 0) for name, array in rows[0].items()}
+            empty = {
+                name: np.full_like(array, -1 if name == "pairs" else 0)
+                for name, array in rows[0].items()
+            }
             rows += [empty] * (batch_size - len(rows))
             yield {name: np.stack([row[name] for row in rows]) for name in empty}
 
 
-def train_batches(rows: Mapping[str, Rows], weights: Mapping[str, float], *, batch_size: int, seed: int):
+def train_batches(
+    rows: Mapping[str, Rows], weights: Mapping[str, float], *, batch_size: int, seed: int
+):
     """Endless global batches of the sources in `weights`, which are shares of rows. A grain.IterDataset: iterators have get_state and set_state."""
     shuffled = {
-        name: grain.MapDataset.source(rows[name]).seed(own_seed(seed, name)).shuffle().repeat().to_iter_dataset(grain.ReadOptions(num_threads=1))
+        name: grain.MapDataset.source(rows[name])
+        .seed(own_seed(seed, name))
+        .shuffle()
+        .repeat()
+        .to_iter_dataset(grain.ReadOptions(num_threads=1))
         for name in sorted(weights)
     }
     mixed = grain.IterDataset.mix(shuffled, {name: weights[name] for name in shuffled})
-    return grain.experimental.ThreadPrefetchIterDataset(mixed.batch(batch_size), prefetch_buffer_size=2)
+    return grain.experimental.ThreadPrefetchIterDataset(
+        mixed.batch(batch_size), prefetch_buffer_size=2
+    )
 
 
 def _read_all(path) -> list[bytes]:

@@ -1,7 +1,7 @@
 """A prepared corpus on disk: ArrayRecord shards of one tokenised document, conversation or pair a record, and `manifest.json`, written last, that
 says what is in them.
 
-A document's record is token ids, raw little-endian, without BOS and EOS; data/finetuning.py has the others'. A shard is written under a temporary
+A document's record is token ids, raw little-endian, without BOS and EOS; corpus/finetuning.py has the others'. A shard is written under a temporary
 name and renamed when whole.
 """
 
@@ -25,7 +25,9 @@ from nanollama_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-VERIFIED = Path("logs", "verified.json")  # shard -> its checksum, and what its file was like when that was compared
+VERIFIED = Path(
+    "logs", "verified.json"
+)  # shard -> its checksum, and what its file was like when that was compared
 _RECORDS = 256  # read at once
 _WORTH_A_LINE = 2**30  # bytes to read before anything else happens
 
@@ -42,9 +44,16 @@ class ShardWriter:
         if self._writer and self._shard["tokens"] + tokens > self._shard_tokens:
             self._finish()
         if not self._writer:
-            self._shard = {"file": f"{self._prefix}-{len(self._shards):03d}.array_record", "documents": 0, "tokens": 0, "bytes": 0}
+            self._shard = {
+                "file": f"{self._prefix}-{len(self._shards):03d}.array_record",
+                "documents": 0,
+                "tokens": 0,
+                "bytes": 0,
+            }
             self._temporary = self._directory / f"{self._shard['file']}.tmp"
-            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")  # a group is what one random read decodes
+            self._writer = ArrayRecordWriter(
+                str(self._temporary), "group_size:1"
+            )  # a group is what one random read decodes
         self._writer.write(record)
         for key, count in (("documents", 1), ("tokens", tokens), ("bytes", text_bytes)):
             self._shard[key] += count
@@ -57,12 +66,19 @@ class ShardWriter:
     def _finish(self) -> None:
         try:
             self._writer.close()
-        except RuntimeError as error:  # writing is in the background: it is here that a full disk shows
-            raise BadInput(f"shard {self._temporary} cannot be written ({error}): is the disk full?") from error
+        except (
+            RuntimeError
+        ) as error:  # writing is in the background: it is here that a full disk shows
+            raise BadInput(
+                f"shard {self._temporary} cannot be written ({error}): is the disk full?"
+            ) from error
         self._writer = None
         with open(self._temporary, "rb") as file:
             os.fsync(file.fileno())
-            self._shard |= {"size": os.path.getsize(self._temporary), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            self._shard |= {
+                "size": os.path.getsize(self._temporary),
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
         os.replace(self._temporary, self._directory / self._shard["file"])
         self._shards.append(self._shard)
 
@@ -75,7 +91,9 @@ def split_of(key: bytes, validation_fraction: float) -> str:
 
 def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
     """What a manifest says of a split: its shards, and their counts together."""
-    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")} | {"shards": shards}
+    return {
+        key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")
+    } | {"shards": shards}
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -90,19 +108,27 @@ def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         _check_manifest(manifest)
     except FileNotFoundError as error:
-        raise BadInput(f"{directory} is not prepared: run python tools/prepare_data.py --config with the same config first") from error
+        raise BadInput(
+            f"{directory} is not prepared: run python tools/prepare_data.py --config with the same config first"
+        ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{path} is damaged ({reason}): restore it from a copy, or remove {directory} and prepare it again") from error
+        raise BadInput(
+            f"{path} is damaged ({reason}): restore it from a copy, or remove {directory} and prepare it again"
+        ) from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raises what a manifest causes that `prepare_source` or finetuning's `prepare` did not write."""
     vocab_size = manifest.get("vocab_size") if isinstance(manifest, dict) else None
-    if not isinstance(manifest["tokenizer_sha256"], str) or not isinstance(manifest.get("kind", ""), str):
+    if not isinstance(manifest["tokenizer_sha256"], str) or not isinstance(
+        manifest.get("kind", ""), str
+    ):
         raise ValueError("tokenizer_sha256 and kind are names")
-    if manifest["dtype"] not in ("uint16", "uint32") or (vocab_size is not None and manifest["dtype"] != dtype_for(vocab_size)):
+    if manifest["dtype"] not in ("uint16", "uint32") or (
+        vocab_size is not None and manifest["dtype"] != dtype_for(vocab_size)
+    ):
         raise ValueError(f"dtype={manifest['dtype']!r}, vocab_size={vocab_size!r}")
     for split in SPLITS:
         counted = manifest["splits"][split]
@@ -138,7 +164,9 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
     if kind := manifest.get("kind"):
         raise BadInput(f"{directory} holds {kind}: name a corpus of documents")
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise BadInput(f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one")
+        raise BadInput(
+            f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one"
+        )
     verify_shards(directory, manifest)
     for split in SPLITS:
         for path in split_shards(directory, manifest, split):
@@ -148,7 +176,10 @@ def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterat
                 with naming_shard(path):
                     records = reader.read(start, min(start + _RECORDS, reader.num_records()))
                 for number, record in enumerate(records, start):
-                    yield Document(text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()), id=f"{path}:{number + 1}")
+                    yield Document(
+                        text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()),
+                        id=f"{path}:{number + 1}",
+                    )
 
 
 def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -176,12 +207,20 @@ def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict
                 f"{value['count']} now): put back the files of before to use what is there; to prepare the new list, {anew}"
             )
         if key == "rows_sha256" and old.get(key) != value:
-            raise BadInput(f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: {anew}")
-        if old.get(key, type(value)()) != value:  # a corpus of before there was such a setting had none
-            raise BadInput(f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: set it back to use what is there, or {anew}")
+            raise BadInput(
+                f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: {anew}"
+            )
+        if (
+            old.get(key, type(value)()) != value
+        ):  # a corpus of before there was such a setting had none
+            raise BadInput(
+                f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: set it back to use what is there, or {anew}"
+            )
 
 
-def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, just_written: bool = False) -> None:
+def verify_shards(
+    directory: str | os.PathLike, manifest: dict[str, Any], *, just_written: bool = False
+) -> None:
     """Raises `BadInput` that names the first shard which is missing or is not as it was written.
 
     A shard is read, on all cores at once, only where `VERIFIED` does not know its file: by size, times and inode, so a file that was
@@ -196,24 +235,40 @@ def verify_shards(directory: str | os.PathLike, manifest: dict[str, Any], *, jus
         except FileNotFoundError as error:
             raise BadInput(f"shard {path} is missing: {remedy}") from error
         if found.st_size != shard["size"]:
-            raise BadInput(f"shard {path} has {found.st_size:,} bytes where there were {shard['size']:,}: {remedy}")
-        looks[shard["file"]] = [shard["sha256"], found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+            raise BadInput(
+                f"shard {path} has {found.st_size:,} bytes where there were {shard['size']:,}: {remedy}"
+            )
+        looks[shard["file"]] = [
+            shard["sha256"],
+            found.st_size,
+            found.st_mtime_ns,
+            found.st_ctime_ns,
+            found.st_ino,
+        ]
     known = looks if just_written else _verified(directory)
     unknown = [file for file, look in looks.items() if known.get(file) != look]
     if not unknown and not just_written:
         return
     if (total := sum(looks[file][1] for file in unknown)) > _WORTH_A_LINE:
-        console.print(f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are")
+        console.print(
+            f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are"
+        )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         checksums = pool.map(_checksum, [directory / file for file in unknown])
-        for file, checksum in zip(unknown, track(checksums, f"{directory}: verifying", len(unknown))):
+        for file, checksum in zip(
+            unknown, track(checksums, f"{directory}: verifying", len(unknown))
+        ):
             if checksum != looks[file][0]:
                 pool.shutdown(cancel_futures=True)
-                raise BadInput(f"shard {directory / file} is damaged or another one's, its checksum differs: {remedy}")
+                raise BadInput(
+                    f"shard {directory / file} is damaged or another one's, its checksum differs: {remedy}"
+                )
     try:
         write_json(directory / VERIFIED, looks)
     except OSError as error:
-        console.print(f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again")
+        console.print(
+            f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again"
+        )
 
 
 def _verified(directory: Path) -> dict[str, list]:

@@ -20,7 +20,9 @@ from nanollama_jax.console import track
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
-Score = Callable[[list[list[int]]], list[np.ndarray]]  # `Engine.score`: for n ids the n - 1 log-probabilities of those from the second on
+Score = Callable[
+    [list[list[int]]], list[np.ndarray]
+]  # `Engine.score`: for n ids the n - 1 log-probabilities of those from the second on
 
 RULES = ("sliding", "llama.cpp")
 LLAMA_CPP_CONTEXT = 512  # llama-perplexity's default
@@ -31,11 +33,15 @@ LONGEST_PIECE = 64  # characters, generously: a text is cut to max_tokens pieces
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
     tokens: int  # scored
-    bytes: int  # of the text that they stand for, UTF-8; a character belongs to the token that ends it
+    bytes: (
+        int  # of the text that they stand for, UTF-8; a character belongs to the token that ends it
+    )
     documents: int
     windows: int
     nats_per_token: float
-    standard_error: float | None  # of nats_per_token, from the spread over documents or windows; None if there is one
+    standard_error: (
+        float | None
+    )  # of nats_per_token, from the spread over documents or windows; None if there is one
     over: str  # "documents", or "windows" where there is one document or the rule joins them
     perplexity: float
     bits_per_byte: float
@@ -54,21 +60,29 @@ class Window(NamedTuple):
     document: int
 
 
-def settle(rule: str, context: int | None, stride: int | None, context_length: int) -> tuple[int, int | None]:
+def settle(
+    rule: str, context: int | None, stride: int | None, context_length: int
+) -> tuple[int, int | None]:
     """Context and stride, defaults filled in, for a model of `context_length`. Raises BadInput for what does not fit."""
     if context is None:
         context = context_length if rule == "sliding" else min(LLAMA_CPP_CONTEXT, context_length)
     if not 2 <= context <= context_length:
-        raise BadInput(f"context {context:,} must be from 2 to {context_length:,} tokens, the checkpoint's context length")
+        raise BadInput(
+            f"context {context:,} must be from 2 to {context_length:,} tokens, the checkpoint's context length"
+        )
     if rule == "llama.cpp":
         if stride is not None:
-            raise BadInput("the llama.cpp rule has no stride: leave it out, or choose the sliding rule")
+            raise BadInput(
+                "the llama.cpp rule has no stride: leave it out, or choose the sliding rule"
+            )
         if context < 3:
             raise BadInput("context 2 leaves the llama.cpp rule nothing to score: choose 3 or more")
         return context, None
     stride = context // 2 if stride is None else stride
     if not 1 <= stride < context:
-        raise BadInput(f"stride {stride:,} must be from 1 to {context - 1:,}, below the context: the first token of a window has nothing before it")
+        raise BadInput(
+            f"stride {stride:,} must be from 1 to {context - 1:,}, below the context: the first token of a window has nothing before it"
+        )
     return context, stride
 
 
@@ -85,7 +99,16 @@ def describe(rule: str, context: int, stride: int | None) -> str:
     )
 
 
-def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: str, context: int, stride: int | None, max_tokens: int) -> Perplexity:
+def measure(
+    score: Score,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    rule: str,
+    context: int,
+    stride: int | None,
+    max_tokens: int,
+) -> Perplexity:
     """Perplexity of the first `max_tokens` tokens of `texts`, one a document, by a rule with `settle`d context and stride.
 
     What sits in memory is the text that these tokens stand for and a few bytes a token. Raises BadInput for no text, or too little for the rule.
@@ -99,21 +122,35 @@ def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: s
         windows = list(_sliding(documents, context, stride))
         num_bytes = sum(document.bytes for document in documents)
     else:
-        ids = tokenizer.encode("\n\n".join(document.text for document in documents).removesuffix("\n"), bos=True)
+        ids = tokenizer.encode(
+            "\n\n".join(document.text for document in documents).removesuffix("\n"), bos=True
+        )
         cut = cut or len(ids) > max_tokens
         windows = _llama_cpp(np.array(ids[:max_tokens], np.int32), context, tokenizer.bos_id)
         num_bytes = sum(_bytes(tokenizer, window.ids, window.first) for window in windows)
 
-    windows.sort(key=lambda window: len(window.ids))  # windows of one length go through the model together
-    nats, tokens = np.zeros(len(windows)), np.array([len(window.ids) - window.first for window in windows])
+    windows.sort(
+        key=lambda window: len(window.ids)
+    )  # windows of one length go through the model together
+    nats, tokens = (
+        np.zeros(len(windows)),
+        np.array([len(window.ids) - window.first for window in windows]),
+    )
     if num_bytes == 0:
         raise BadInput("the tokens do not reach the end of one character: raise max_tokens")
-    for start in track(range(0, len(windows), WINDOWS_A_CALL), f"{len(windows):,} windows", transient=True):
+    for start in track(
+        range(0, len(windows), WINDOWS_A_CALL), f"{len(windows):,} windows", transient=True
+    ):
         batch = windows[start : start + WINDOWS_A_CALL]
         logprobs = score([window.ids.tolist() for window in batch])
-        nats[start : start + len(batch)] = [-each[window.first - 1 :].sum(dtype=np.float64) for window, each in zip(batch, logprobs, strict=True)]
+        nats[start : start + len(batch)] = [
+            -each[window.first - 1 :].sum(dtype=np.float64)
+            for window, each in zip(batch, logprobs, strict=True)
+        ]
     if not np.isfinite(nats).all():
-        raise BadInput("the model gives log-probabilities that are not finite: choose an earlier checkpoint")
+        raise BadInput(
+            "the model gives log-probabilities that are not finite: choose an earlier checkpoint"
+        )
 
     over = "documents" if rule == "sliding" and len(documents) > 1 else "windows"
     if over == "documents":
@@ -121,7 +158,11 @@ def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: s
         nats, tokens = np.bincount(of_window, nats), np.bincount(of_window, tokens)
     total, mean = int(tokens.sum()), nats.sum() / tokens.sum()
     # Of a ratio of two sums over independent clusters (Cochran 1977, section 6.3); tokens within a document are not independent.
-    error = float(np.sqrt(len(nats) / (len(nats) - 1) * np.sum((nats - mean * tokens) ** 2)) / total) if len(nats) > 1 else None
+    error = (
+        float(np.sqrt(len(nats) / (len(nats) - 1) * np.sum((nats - mean * tokens) ** 2)) / total)
+        if len(nats) > 1
+        else None
+    )
     return Perplexity(
         tokens=total,
         bytes=num_bytes,
@@ -136,7 +177,9 @@ def measure(score: Score, tokenizer: Tokenizer, texts: Iterable[str], *, rule: s
     )
 
 
-def _read(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[list[Document], bool]:
+def _read(
+    tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int
+) -> tuple[list[Document], bool]:
     """Documents of up to `max_tokens` tokens together, BOS not counted, and whether there was more."""
     documents, left = [], max_tokens
     for text in texts:
@@ -147,7 +190,9 @@ def _read(tokenizer: Tokenizer, texts: Iterable[str], max_tokens: int) -> tuple[
         whole = len(head) == len(text) and len(ids) - 1 <= left
         ids = ids[: 1 + left]
         if len(ids) > 1:
-            documents.append(Document(head, ids, len(text.encode()) if whole else _bytes(tokenizer, ids, 1)))
+            documents.append(
+                Document(head, ids, len(text.encode()) if whole else _bytes(tokenizer, ids, 1))
+            )
             left -= len(ids) - 1
         if not whole:
             return documents, True
@@ -167,7 +212,9 @@ def _sliding(documents: list[Document], context: int, stride: int) -> Iterator[W
 def _llama_cpp(ids: np.ndarray, context: int, bos_id: int) -> list[Window]:
     if len(ids) < 2 * context:
         needed = f"two chunks of {context:,} tokens, and there are {len(ids):,} in all"
-        raise BadInput(f"the llama.cpp rule needs {needed}: give more text, or more max_tokens, or a smaller context")
+        raise BadInput(
+            f"the llama.cpp rule needs {needed}: give more text, or more max_tokens, or a smaller context"
+        )
     chunks = ids[: len(ids) // context * context].reshape(-1, context)
     chunks[:, 0] = bos_id
     return [Window(chunk, context // 2 + 1, 0) for chunk in chunks]

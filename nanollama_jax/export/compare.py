@@ -21,9 +21,16 @@ class Difference:
 
     @classmethod
     def of(cls, reference_TV: np.ndarray, other_TV: np.ndarray) -> "Difference":
-        p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (reference_TV.astype(np.float64), other_TV.astype(np.float64)))
+        p, q = (
+            x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+            for x in (reference_TV.astype(np.float64), other_TV.astype(np.float64))
+        )
         kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
-        return cls(float(np.abs(reference_TV - other_TV).max()), float(kl), float((p.argmax(-1) == q.argmax(-1)).mean()))
+        return cls(
+            float(np.abs(reference_TV - other_TV).max()),
+            float(kl),
+            float((p.argmax(-1) == q.argmax(-1)).mean()),
+        )
 
 
 def transformers_is_installed() -> bool:
@@ -38,15 +45,23 @@ class Transformers:
         import transformers
 
         # Without these files transformers would ask the hub
-        if not all(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "tokenizer.json")):
+        if not all(
+            os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "tokenizer.json")
+        ):
             raise BadInput(f"{folder} is no folder that tools/export_hf.py wrote")
         transformers.utils.logging.disable_progress_bar()
         self._torch = torch
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
         except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, tokenizers' bare Exception: transformers raises what it meets
-            raise BadInput(f"transformers cannot read {folder}: {' '.join(str(error).split())[:300]}") from error
+            raise BadInput(
+                f"transformers cannot read {folder}: {' '.join(str(error).split())[:300]}"
+            ) from error
         self.vocab_size: int = self.model.config.vocab_size
 
     def tokenize(self, text: str) -> list[int]:
@@ -60,9 +75,15 @@ class Transformers:
     def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """The continuation of each prompt."""
         longest = max(map(len, prompts))  # generate() wants padding on the left
-        ids = self._torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = self._torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        options = dict(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+        ids = self._torch.tensor(
+            [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        )
+        mask = self._torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        )
+        options = dict(
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
         return self.model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
 
 
@@ -85,7 +106,9 @@ class LlamaCpp:
         params = llama_cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = context_length * sequences
         params.n_seq_max = sequences
-        params.type_k = params.type_v = 0  # float32, and no flash attention: both round to float16, 0.01 off in stories260K's logits, 2e-5 without
+        params.type_k = params.type_v = (
+            0  # float32, and no flash attention: both round to float16, 0.01 off in stories260K's logits, 2e-5 without
+        )
         params.flash_attn_type = 0
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = llama_cpp.LlamaContext(self._model, params)
@@ -104,14 +127,21 @@ class LlamaCpp:
         """The continuation of each prompt."""
         sampler = llama_cpp.LlamaSampler()
         sampler.add_greedy()
-        feed = [(token, i, row, i == len(prompt) - 1) for row, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        feed = [
+            (token, i, row, i == len(prompt) - 1)
+            for row, prompt in enumerate(prompts)
+            for i, token in enumerate(prompt)
+        ]
         new: list[list[int]] = [[] for _ in prompts]
         for step in range(max_new_tokens):
             self._decode(feed, fresh=step == 0)
             last = [i for i, (_, _, _, wanted) in enumerate(feed) if wanted]
             for row, i in enumerate(last):
                 new[row].append(sampler.sample(self._context, i))
-            feed = [(tokens[-1], len(prompt) + step, row, True) for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True))]
+            feed = [
+                (tokens[-1], len(prompt) + step, row, True)
+                for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True))
+            ]
         return new
 
     def _decode(self, feed: Sequence[tuple[int, int, int, bool]], fresh: bool) -> None:

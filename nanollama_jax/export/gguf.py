@@ -14,7 +14,12 @@ from nanollama_jax import checkpoint
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export.hf import check_whole, finite, hf_names, to_hf
 from nanollama_jax.export.model_card import provenance
-from nanollama_jax.export.tokenizer_json import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, chat_templates, read_model
+from nanollama_jax.export.tokenizer_json import (
+    CHAT_TEMPLATE,
+    PLAIN_CHAT_TEMPLATE,
+    chat_templates,
+    read_model,
+)
 from nanollama_jax.files import output_path
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
@@ -41,10 +46,16 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_MODEL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+_MODEL = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
-def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, overwrite: bool = False) -> None:
+def export(
+    loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, overwrite: bool = False
+) -> None:
     """Writes `path`, whole or not at all; `kind` is one of TYPES. Raises BadInput if the file exists (and is not to be overwritten), the tokenizer
     cannot be expressed, or the model's widths do not fit the blocks of a quantised type."""
     path = output_path(path)
@@ -59,7 +70,9 @@ def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, ove
         }
         for name, width in widths.items():
             if width % block:
-                raise BadInput(f"{kind} packs {block} weights together and {name}={width} is no multiple of that: export as q8_0 or f16 instead")
+                raise BadInput(
+                    f"{kind} packs {block} weights together and {name}={width} is no multiple of that: export as q8_0 or f16 instead"
+                )
     check_whole(loaded)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -73,7 +86,9 @@ def export(loaded: checkpoint.Loaded, path: str | os.PathLike, kind: str, *, ove
     except (OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise
-        raise BadInput(f"{path} could not be written ({error}): is the disk full?") from error  # numpy's and llama.cpp's way to say so
+        raise BadInput(
+            f"{path} could not be written ({error}): is the disk full?"
+        ) from error  # numpy's and llama.cpp's way to say so
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -93,7 +108,9 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     m, (dtype, raw_dtype, file_type) = loaded.model, FLOATS[kind]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("model")
-    writer.add_name(f"nanollama {m.num_params / 1e6:,.1f}M {provenance(loaded.metadata).get('phase', 'imported')}")
+    writer.add_name(
+        f"nanollama {m.num_params / 1e6:,.1f}M {provenance(loaded.metadata).get('phase', 'imported')}"
+    )
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(m.vocab_size)
@@ -113,8 +130,14 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     names = {gguf_name(name): place for name, place in hf_names(m).items()}
     for name, place in names.items():
         value = to_hf(loaded.params, place)
-        stored, raw = (np.dtype(dtype), raw_dtype) if value.ndim > 1 else (np.dtype(np.float32), gguf.GGMLQuantizationType.F32)
-        writer.add_tensor_info(name, value.shape, stored, value.size * stored.itemsize, raw_dtype=raw)
+        stored, raw = (
+            (np.dtype(dtype), raw_dtype)
+            if value.ndim > 1
+            else (np.dtype(np.float32), gguf.GGMLQuantizationType.F32)
+        )
+        writer.add_tensor_info(
+            name, value.shape, stored, value.size * stored.itemsize, raw_dtype=raw
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -150,20 +173,31 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, templates: dict
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.piece for piece in proto.pieces])
     writer.add_token_scores([piece.score for piece in proto.pieces])
-    writer.add_token_types([piece.type for piece in proto.pieces])  # the same numbers as SentencePiece's
+    writer.add_token_types(
+        [piece.type for piece in proto.pieces]
+    )  # the same numbers as SentencePiece's
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_unk_token_id(proto.trainer_spec.unk_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)  # llama.cpp assumes true where it is not said
+    writer.add_add_space_prefix(
+        proto.normalizer_spec.add_dummy_prefix
+    )  # llama.cpp assumes true where it is not said
     writer.add_pad_token_id(tokenizer.pad_id)
     if tokenizer.is_chat:
         writer.add_eot_token_id(tokenizer.control_id(TURN_END))
-    templates = {name: PLAIN_CHAT_TEMPLATE if template == CHAT_TEMPLATE else template for name, template in templates.items()}
+    templates = {
+        name: PLAIN_CHAT_TEMPLATE if template == CHAT_TEMPLATE else template
+        for name, template in templates.items()
+    }
     if "default" in templates:
         writer.add_chat_template(templates["default"])
-    if more := [name for name in templates if name != "default"]:  # GGUFWriter's own way to write them shuffles their names
+    if more := [
+        name for name in templates if name != "default"
+    ]:  # GGUFWriter's own way to write them shuffles their names
         writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, more)
         for name in more:
-            writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), templates[name])
+            writer.add_string(
+                gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), templates[name]
+            )

@@ -36,14 +36,28 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
         raise BadInput(f"{path} is not llama2.c's version 0: write it with `export.py --version 0`")
     D, F, L, N, K, V, context_length = struct.unpack("7i", blob[:28])
     tied, V = V > 0, abs(V)
-    if min(D, F, L, N, K, context_length) < 1 or max(D, F, V) > 2**20 or L > 1000 or D % N or N % K or (D // N) % 2:
+    if (
+        min(D, F, L, N, K, context_length) < 1
+        or max(D, F, V) > 2**20
+        or L > 1000
+        or D % N
+        or N % K
+        or (D // N) % 2
+    ):
         raise BadInput(
             f"{path} is not a llama2.c checkpoint: its header says dim={D}, hidden_dim={F}, layers={L}, heads={N}, kv_heads={K}, vocabulary={V}"
         )
     H = D // N
-    size = L * (2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F) + D + V * D * (1 if tied else 2) + context_length * H
+    size = (
+        L * (2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F)
+        + D
+        + V * D * (1 if tied else 2)
+        + context_length * H
+    )
     if len(blob) != 28 + 4 * size:
-        raise BadInput(f"{path} has {len(blob):,} bytes and its header asks for {28 + 4 * size:,}: it is truncated, or of another kind")
+        raise BadInput(
+            f"{path} has {len(blob):,} bytes and its header asks for {28 + 4 * size:,}: it is truncated, or of another kind"
+        )
     weights, offset = np.frombuffer(blob, np.float32, offset=28), 0
 
     def take(*shape: int) -> np.ndarray:
@@ -56,35 +70,61 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
 
     embedding, attention_norm = take(V, D), take(L, D)
     q, k, v, o = take(L, N * H, D), take(L, K * H, D), take(L, K * H, D), take(L, D, N * H)
-    ffn_norm, gate, down, up, final_norm = take(L, D), take(L, F, D), take(L, D, F), take(L, F, D), take(D)
+    ffn_norm, gate, down, up, final_norm = (
+        take(L, D),
+        take(L, F, D),
+        take(L, D, F),
+        take(L, F, D),
+        take(D),
+    )
     take(context_length, H)  # cos and sin, which nobody reads
     head = embedding if tied else take(V, D)
     q, k, v = rotate_half(q, N), rotate_half(k, K), v.reshape(L, K, H, D)
 
-    params: dict[str, Any] = {"embedding": {"kernel": embedding}, "head": {"kernel": head.T.copy()}, "final_norm": {"scale": final_norm}}
+    params: dict[str, Any] = {
+        "embedding": {"kernel": embedding},
+        "head": {"kernel": head.T.copy()},
+        "final_norm": {"scale": final_norm},
+    }
     for i in range(L):
         qkv = np.concatenate([q[i], k[i], v[i]]).transpose(2, 0, 1)
         attention = {"qkv": qkv, "o": o[i].reshape(D, N, H).transpose(1, 2, 0)}
         ffn = {"gate_up": np.stack([gate[i], up[i]]).transpose(2, 0, 1), "down": down[i].T}
         params[f"layers_{i}"] = {
             "attention_norm": {"scale": attention_norm[i]},
-            "attention": {name: {"kernel": np.ascontiguousarray(value)} for name, value in attention.items()},
+            "attention": {
+                name: {"kernel": np.ascontiguousarray(value)} for name, value in attention.items()
+            },
             "ffn_norm": {"scale": ffn_norm[i]},
             "ffn": {name: {"kernel": np.ascontiguousarray(value)} for name, value in ffn.items()},
         }
     model = ModelConfig(
-        vocab_size=V, num_layers=L, d_model=D, num_heads=N, num_kv_heads=K, head_dim=H, ffn_dim=F, norm_eps=1e-5, scan_layers=False
-    )  # fmt: skip
+        vocab_size=V,
+        num_layers=L,
+        d_model=D,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        ffn_dim=F,
+        norm_eps=1e-5,
+        scan_layers=False,
+    )
     tokenizer = read_tokenizer(tokenizer_path, V)
-    metadata = checkpoint.weights_metadata(model, tokenizer, 10_000.0, context_length, {"imported_from": path.name})
+    metadata = checkpoint.weights_metadata(
+        model, tokenizer, 10_000.0, context_length, {"imported_from": path.name}
+    )
     return checkpoint.Loaded(model, params, tokenizer, metadata, path)
 
 
 def read_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer:
     path = pathlib.Path(path)
-    tokenizer = Tokenizer(path, sentencepiece_of(path, vocab_size) if path.suffix == ".bin" else None)
+    tokenizer = Tokenizer(
+        path, sentencepiece_of(path, vocab_size) if path.suffix == ".bin" else None
+    )
     if tokenizer.vocab_size != vocab_size:
-        raise BadInput(f"{path} has {tokenizer.vocab_size} pieces and the model's vocabulary is {vocab_size}: they must agree")
+        raise BadInput(
+            f"{path} has {tokenizer.vocab_size} pieces and the model's vocabulary is {vocab_size}: they must agree"
+        )
     return tokenizer
 
 
@@ -93,7 +133,9 @@ def sentencepiece_of(path: pathlib.Path, vocab_size: int) -> bytes:
     try:
         blob = path.read_bytes()
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}: give llama2.c's tokenizer.bin, or a SentencePiece .model") from error
+        raise BadInput(
+            f"{path}: {error.strerror}: give llama2.c's tokenizer.bin, or a SentencePiece .model"
+        ) from error
     proto = spm.ModelProto()
     offset = 4
     try:
@@ -101,15 +143,32 @@ def sentencepiece_of(path: pathlib.Path, vocab_size: int) -> bytes:
             score, length = struct.unpack_from("<fi", blob, offset)
             text = blob[offset + 8 : offset + 8 + length].decode()
             offset += 8 + length
-            kind = spm.ModelProto.SentencePiece.BYTE if 3 <= i < 3 + _BYTES else spm.ModelProto.SentencePiece.NORMAL
+            kind = (
+                spm.ModelProto.SentencePiece.BYTE
+                if 3 <= i < 3 + _BYTES
+                else spm.ModelProto.SentencePiece.NORMAL
+            )
             name, kind = _CONTROL.get(i, (text.replace(" ", "▁"), kind))
             proto.pieces.add(piece=name, score=score, type=kind)
     except (struct.error, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is no tokenizer of {vocab_size} pieces in llama2.c's format: {error}") from error
+        raise BadInput(
+            f"{path} is no tokenizer of {vocab_size} pieces in llama2.c's format: {error}"
+        ) from error
     if offset != len(blob):
-        raise BadInput(f"{path} holds more than the {vocab_size} pieces of the model's vocabulary: it belongs to another model")
+        raise BadInput(
+            f"{path} holds more than the {vocab_size} pieces of the model's vocabulary: it belongs to another model"
+        )
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = spm.TrainerSpec.BPE, True, vocab_size
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = (
+        spm.TrainerSpec.BPE,
+        True,
+        vocab_size,
+    )
     trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
-    normalizer.name, normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = "identity", True, False, True
+    (
+        normalizer.name,
+        normalizer.add_dummy_prefix,
+        normalizer.remove_extra_whitespaces,
+        normalizer.escape_whitespaces,
+    ) = "identity", True, False, True
     return proto.SerializeToString()

@@ -28,11 +28,23 @@ def trained_on(metadata: dict[str, Any]) -> dict[str, str]:
     if "corpora" in metadata:
         return metadata["corpora"]
     config = metadata["config"]  # of before it was noted: what the recipe names
-    named = config.get("corpora", {}) if config.get("task", "pretrain") == "pretrain" else config["tuning"]
+    named = (
+        config.get("corpora", {})
+        if config.get("task", "pretrain") == "pretrain"
+        else config["tuning"]
+    )
     return {name: named[name]["licence"] for name in config["data"]["sources"] if name in named}
 
 
-_KINDS = {"phase": str, "step": int, "tokens_seen": int, "corpora": dict, "tokenizer_sha256": str, "data_sha256": str, "git_commit": str}
+_KINDS = {
+    "phase": str,
+    "step": int,
+    "tokens_seen": int,
+    "corpora": dict,
+    "tokenizer_sha256": str,
+    "data_sha256": str,
+    "git_commit": str,
+}
 
 
 def restored_provenance(found: Any) -> dict[str, Any] | None:
@@ -43,9 +55,14 @@ def restored_provenance(found: Any) -> dict[str, Any] | None:
     if rest.keys() == {"imported_from"}:
         good = isinstance(rest["imported_from"], str) and rest["imported_from"].isprintable()
     else:
-        good = rest.keys() == _KINDS.keys() and all(isinstance(rest[key], kind) for key, kind in _KINDS.items())
+        good = rest.keys() == _KINDS.keys() and all(
+            isinstance(rest[key], kind) for key, kind in _KINDS.items()
+        )
         texts = (
-            [*(value for value in rest.values() if isinstance(value, str)), *(part for item in rest.get("corpora", {}).items() for part in item)]
+            [
+                *(value for value in rest.values() if isinstance(value, str)),
+                *(part for item in rest.get("corpora", {}).items() for part in item),
+            ]
             if good
             else []
         )
@@ -81,7 +98,10 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         before = about
         corpora = dict(about["corpora"])
         while before := before.get("started_from"):
-            lines += [f"Started from the weights of {_origin(before)}, whose licence holds for this model too.", ""]
+            lines += [
+                f"Started from the weights of {_origin(before)}, whose licence holds for this model too.",
+                "",
+            ]
             corpora = before.get("corpora", {}) | corpora
         lines += [
             f"Trained with nanollama-jax to step {about['step']:,} ({about['phase']}): {about['tokens_seen'] / 1e6:,.1f}M tokens.",

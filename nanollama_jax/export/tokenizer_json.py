@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
-# data/chat.py in Jinja. What the assistant says stands between {% generation %} tags, which trainers want and not every Jinja knows.
+# chat/chatml.py in Jinja. What the assistant says stands between {% generation %} tags, which trainers want and not every Jinja knows.
 CHAT_TEMPLATE = (pathlib.Path(__file__).parent / "chat_template.jinja").read_text()
 PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
@@ -24,16 +24,22 @@ _Piece = spm.ModelProto.SentencePiece
 def read_model(tokenizer: Tokenizer, file_format: str) -> spm.ModelProto:
     """The SentencePiece model's own description. Raises BadInput where `file_format` ("tokenizer.json" or "GGUF") would give other ids."""
     if reason := tokenizer.not_exportable.get(file_format):
-        raise BadInput(f"the tokenizer {reason}, which {file_format} cannot express: use a SentencePiece BPE model with byte fallback, as ours is")
+        raise BadInput(
+            f"the tokenizer {reason}, which {file_format} cannot express: use a SentencePiece BPE model with byte fallback, as ours is"
+        )
     return spm.ModelProto.FromString(tokenizer.model_bytes)
 
 
 def chat_templates(tokenizer: Tokenizer, metadata: dict[str, Any]) -> dict[str, str]:
     """Name -> template, "default" first: those that an imported folder had (`import_chat_templates`), ours for a chat vocabulary, or none."""
-    return metadata.get("chat_template") or ({"default": CHAT_TEMPLATE} if tokenizer.is_chat else {})
+    return metadata.get("chat_template") or (
+        {"default": CHAT_TEMPLATE} if tokenizer.is_chat else {}
+    )
 
 
-def tokenizer_files(tokenizer: Tokenizer, context_length: int, templates: dict[str, str]) -> dict[str, bytes]:
+def tokenizer_files(
+    tokenizer: Tokenizer, context_length: int, templates: dict[str, str]
+) -> dict[str, bytes]:
     """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, with one chat template, `chat_template.jinja`; several
     are in `tokenizer_config.json`.
 
@@ -43,7 +49,10 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int, templates: dict[s
     """
     proto = read_model(tokenizer, "tokenizer.json")
     names = [piece.piece for piece in proto.pieces]
-    adds_bos = not any("bos_token" in template or names[tokenizer.bos_id] in template for template in templates.values())
+    adds_bos = not any(
+        "bos_token" in template or names[tokenizer.bos_id] in template
+        for template in templates.values()
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names[tokenizer.bos_id],
@@ -59,9 +68,17 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int, templates: dict[s
         "split_special_tokens": not (tokenizer.is_chat or templates),
     }
     if templates.keys() - {"default"}:
-        config["chat_template"] = [{"name": name, "template": template} for name, template in templates.items()]
-    files = {"tokenizer.json": tokenizer_json(proto, tokenizer.bos_id if adds_bos else None), "tokenizer_config.json": config}
-    contents = {name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode() for name, value in files.items()}
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
+    files = {
+        "tokenizer.json": tokenizer_json(proto, tokenizer.bos_id if adds_bos else None),
+        "tokenizer_config.json": config,
+    }
+    contents = {
+        name: (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+        for name, value in files.items()
+    }
     contents["tokenizer.model"] = tokenizer.model_bytes
     if templates.keys() == {"default"}:
         contents["chat_template.jinja"] = templates["default"].encode()
@@ -71,17 +88,30 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int, templates: dict[s
 def import_chat_templates(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
     """Name -> template of a Hugging Face folder, where transformers looks: its .jinja files, else `chat_template` of its tokenizer_config.json
     (`config`). They are text to us, never run. Raises BadInput for what is neither a template nor a list of named ones."""
-    files = [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+    files = [
+        folder / "chat_template.jinja",
+        *sorted(folder.glob("additional_chat_templates/*.jinja")),
+    ]
     try:
-        found = {("default" if path is files[0] else path.stem): path.read_bytes().decode() for path in files if path.exists()}
+        found = {
+            ("default" if path is files[0] else path.stem): path.read_bytes().decode()
+            for path in files
+            if path.exists()
+        }
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{folder}: a chat template (.jinja) cannot be read: {error}") from error
     if not found and (given := config.get("chat_template")) is not None:
         try:
-            found = {"default": given} if isinstance(given, str) else {one["name"]: one["template"] for one in given}
+            found = (
+                {"default": given}
+                if isinstance(given, str)
+                else {one["name"]: one["template"] for one in given}
+            )
             "".join([*found, *found.values()]).encode()
         except (TypeError, KeyError, UnicodeEncodeError) as error:
-            raise BadInput(f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of named texts: {error}") from error
+            raise BadInput(
+                f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of named texts: {error}"
+            ) from error
     return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
 
 
@@ -91,8 +121,18 @@ def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
     added = (_Piece.UNKNOWN, _Piece.CONTROL, _Piece.USER_DEFINED)
     prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    bos = {} if bos_id is None else {names[bos_id]: {"id": names[bos_id], "ids": [bos_id], "tokens": [names[bos_id]]}}
-    first, second = ([*({"SpecialToken": {"id": name, "type_id": i}} for name in bos), {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1))
+    bos = (
+        {}
+        if bos_id is None
+        else {names[bos_id]: {"id": names[bos_id], "ids": [bos_id], "tokens": [names[bos_id]]}}
+    )
+    first, second = (
+        [
+            *({"SpecialToken": {"id": name, "type_id": i}} for name in bos),
+            {"Sequence": {"id": "AB"[i], "type_id": i}},
+        ]
+        for i in (0, 1)
+    )
     return {
         "version": "1.0",
         "truncation": None,
@@ -104,15 +144,27 @@ def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
                 single_word=False,
                 lstrip=False,
                 rstrip=False,
-                normalized=piece.type == _Piece.USER_DEFINED,  # as SentencePiece: found where spaces are ▁ already
+                normalized=piece.type
+                == _Piece.USER_DEFINED,  # as SentencePiece: found where spaces are ▁ already
                 special=piece.type != _Piece.USER_DEFINED,
             )
             for i, piece in enumerate(proto.pieces)
             if piece.type in added
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                *prepend,
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
         "pre_tokenizer": None,
-        "post_processor": {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": bos},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": bos,
+        },
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -143,5 +195,13 @@ def merges(proto: spm.ModelProto) -> list[tuple[str, str]]:
     pair: the longer left half first gives the same."""
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     rank = {name: i for i, name in enumerate(score)}
-    splits = [(name[:i], name[i:]) for name in score for i in range(1, len(name)) if name[:i] in score and name[i:] in score]
-    return sorted(splits, key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0]), rank[pair[0]], rank[pair[1]]))
+    splits = [
+        (name[:i], name[i:])
+        for name in score
+        for i in range(1, len(name))
+        if name[:i] in score and name[i:] in score
+    ]
+    return sorted(
+        splits,
+        key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0]), rank[pair[0]], rank[pair[1]]),
+    )

@@ -33,15 +33,26 @@ class AttentionMaps:
 
     num_tokens: int
     bin_width: int
-    pooled_LNQS: np.ndarray  # float32: the share of a query bin's attention that a key bin gets; rows sum to 1
-    distance_LN: np.ndarray  # float32, tokens: mean over queries q of sum over keys s of p(s|q) * (q - s)
+    pooled_LNQS: (
+        np.ndarray
+    )  # float32: the share of a query bin's attention that a key bin gets; rows sum to 1
+    distance_LN: (
+        np.ndarray
+    )  # float32, tokens: mean over queries q of sum over keys s of p(s|q) * (q - s)
     first_share_LN: np.ndarray  # float32: share of attention on the first token, which is BOS
 
 
-def read_tokens(path: str | os.PathLike, tokenizer: Tokenizer, context_length: int, max_tokens: int | None = None) -> tuple[list[int], int]:
+def read_tokens(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    context_length: int,
+    max_tokens: int | None = None,
+) -> tuple[list[int], int]:
     """The ids of a UTF-8 text file with BOS in front, cut to `max_tokens` (default: the context length), and how many there were."""
     if max_tokens is not None and not 2 <= max_tokens <= context_length:
-        raise BadInput(f"--max_tokens {max_tokens} must be from 2 to the checkpoint's context of {context_length:,} tokens")
+        raise BadInput(
+            f"--max_tokens {max_tokens} must be from 2 to the checkpoint's context of {context_length:,} tokens"
+        )
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -55,13 +66,24 @@ def read_tokens(path: str | os.PathLike, tokenizer: Tokenizer, context_length: i
     return ids[: max_tokens or context_length], len(ids)
 
 
-def attention_maps(model: ModelConfig, params: Any, ids: Sequence[int], rope_theta: float, bins: int = 128) -> AttentionMaps:
+def attention_maps(
+    model: ModelConfig, params: Any, ids: Sequence[int], rope_theta: float, bins: int = 128
+) -> AttentionMaps:
     """The maps of every layer and head for one text, in at most `bins` bins a side. `params` as training has them, on the host or not."""
     if not 1 <= bins <= 1024:
         raise BadInput(f"--bins {bins} must be from 1 to 1024")
     # As the engine settles them: one document and no padding, so that plain causal attention is right.
-    dtype, attention = ("bfloat16", "cudnn") if jax.default_backend() == "gpu" else ("float32", "xla")
-    model = dataclasses.replace(model, dtype=dtype, attention=attention, document_mask=False, remat="none", scan_layers=False)
+    dtype, attention = (
+        ("bfloat16", "cudnn") if jax.default_backend() == "gpu" else ("float32", "xla")
+    )
+    model = dataclasses.replace(
+        model,
+        dtype=dtype,
+        attention=attention,
+        document_mask=False,
+        remat="none",
+        scan_layers=False,
+    )
     params = unstack_layers(params)
     T = len(ids)
     width = -(-T // bins)
@@ -76,10 +98,16 @@ def attention_maps(model: ModelConfig, params: Any, ids: Sequence[int], rope_the
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_block(model: ModelConfig, params: Any, hidden_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _run_block(
+    model: ModelConfig, params: Any, hidden_BTD: jax.Array, rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer: its output, and the rotated queries and keys that it made."""
-    ones_BT = jnp.ones(hidden_BTD.shape[:2], jnp.int32)  # positions count only where there is a cache
-    (hidden_BTD, _), kept = Block(model).apply({"params": params}, hidden_BTD, ones_BT, None, rope, mutable=["intermediates"])
+    ones_BT = jnp.ones(
+        hidden_BTD.shape[:2], jnp.int32
+    )  # positions count only where there is a cache
+    (hidden_BTD, _), kept = Block(model).apply(
+        {"params": params}, hidden_BTD, ones_BT, None, rope, mutable=["intermediates"]
+    )
     return hidden_BTD, *kept["intermediates"]["attention"]["q_and_k"][0]
 
 
@@ -88,7 +116,9 @@ def _pool(q_TNH: jax.Array, k_TKH: jax.Array, width: int) -> tuple[jax.Array, ja
     """Pooled probabilities (N, bins, bins), mean distance (N,) and mean share of the first token (N,), all float32."""
     T, N, H = q_TNH.shape
     K, num_bins = k_TKH.shape[1], -(-T // width)
-    k_KSH = jnp.pad(k_TKH, ((0, num_bins * width - T), (0, 0), (0, 0))).swapaxes(0, 1)  # padding lies after every query: causally masked
+    k_KSH = jnp.pad(k_TKH, ((0, num_bins * width - T), (0, 0), (0, 0))).swapaxes(
+        0, 1
+    )  # padding lies after every query: causally masked
     key_S = jnp.arange(num_bins * width)
 
     def one_query(q_and_position):
@@ -96,13 +126,24 @@ def _pool(q_TNH: jax.Array, k_TKH: jax.Array, width: int) -> tuple[jax.Array, ja
         q_KGH = (q_NH * jnp.asarray(H**-0.5, q_NH.dtype)).reshape(K, N // K, H)
         scores_KGS = jnp.einsum("KGH,KSH->KGS", q_KGH, k_KSH, preferred_element_type=jnp.float32)
         back_S = position - key_S
-        p_NS = jax.nn.softmax(jnp.where(back_S >= 0, scores_KGS, -jnp.inf), axis=-1).reshape(N, num_bins * width)
-        return p_NS.reshape(N, num_bins, width).sum(axis=-1), (p_NS * back_S).sum(axis=-1), p_NS[:, 0]
+        p_NS = jax.nn.softmax(jnp.where(back_S >= 0, scores_KGS, -jnp.inf), axis=-1).reshape(
+            N, num_bins * width
+        )
+        return (
+            p_NS.reshape(N, num_bins, width).sum(axis=-1),
+            (p_NS * back_S).sum(axis=-1),
+            p_NS[:, 0],
+        )
 
-    pooled_TNS, distance_TN, first_TN = jax.lax.map(one_query, (q_TNH, jnp.arange(T)), batch_size=QUERIES_A_BLOCK)
+    pooled_TNS, distance_TN, first_TN = jax.lax.map(
+        one_query, (q_TNH, jnp.arange(T)), batch_size=QUERIES_A_BLOCK
+    )
     pooled_TNS = jnp.pad(pooled_TNS, ((0, num_bins * width - T), (0, 0), (0, 0)))
     queries_Q = jnp.minimum(width, T - width * jnp.arange(num_bins))  # the last bin may be narrower
-    pooled_NQS = pooled_TNS.reshape(num_bins, width, N, num_bins).sum(axis=1).swapaxes(0, 1) / queries_Q[:, None]
+    pooled_NQS = (
+        pooled_TNS.reshape(num_bins, width, N, num_bins).sum(axis=1).swapaxes(0, 1)
+        / queries_Q[:, None]
+    )
     return pooled_NQS, distance_TN.mean(axis=0), first_TN.mean(axis=0)
 
 
@@ -115,7 +156,9 @@ def choose_layers(num_layers: int, wanted: str | None) -> list[int]:
     except ValueError:
         layers = [-1]
     if not all(0 <= layer < num_layers for layer in layers):
-        raise BadInput(f"--layers {wanted}: give numbers from 0 to {num_layers - 1} with commas between")
+        raise BadInput(
+            f"--layers {wanted}: give numbers from 0 to {num_layers - 1} with commas between"
+        )
     return layers
 
 
@@ -131,15 +174,33 @@ def plot(maps: AttentionMaps, layers: Sequence[int], title: str, path: str | os.
     width, map_height = max(10, num_heads * side + 1.5), len(layers) * side + 1
     font = max(9, 0.4 * width)  # a wide picture is looked at from further away
     with plt.rc_context(
-        {"font.size": font, "figure.titlesize": font, "figure.constrained_layout.h_pad": 0.03, "figure.constrained_layout.w_pad": 0.03}
+        {
+            "font.size": font,
+            "figure.titlesize": font,
+            "figure.constrained_layout.h_pad": 0.03,
+            "figure.constrained_layout.w_pad": 0.03,
+        }
     ):
         figure = plt.figure(figsize=(width, map_height + 4), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=(map_height, 4))
         _draw_maps(top, maps, layers)
         axis = bottom.subplots()
-        axis.plot(maps.distance_LN, ".", color="C0", alpha=0.5, label=["each head"] + [None] * (num_heads - 1))
-        axis.plot(maps.distance_LN.mean(axis=1), color="black", marker="o", label="mean of the heads")
-        axis.set(xlabel="layer", ylabel="mean attention distance (tokens)", xticks=range(num_layers), ylim=(0, None))
+        axis.plot(
+            maps.distance_LN,
+            ".",
+            color="C0",
+            alpha=0.5,
+            label=["each head"] + [None] * (num_heads - 1),
+        )
+        axis.plot(
+            maps.distance_LN.mean(axis=1), color="black", marker="o", label="mean of the heads"
+        )
+        axis.set(
+            xlabel="layer",
+            ylabel="mean attention distance (tokens)",
+            xticks=range(num_layers),
+            ylim=(0, None),
+        )
         axis.grid(alpha=0.3)
         axis.legend()
         figure.suptitle(title, parse_math=False)  # it holds file names
@@ -156,8 +217,19 @@ def _draw_maps(figure: Any, maps: AttentionMaps, layers: Sequence[int]) -> None:
     future, end = np.triu(np.ones((bins, bins), bool), k=1), bins * maps.bin_width
     for (row, head), axis in np.ndenumerate(axes):
         pooled = np.ma.array(np.maximum(maps.pooled_LNQS[layers[row], head], DARKEST), mask=future)
-        image = axis.imshow(pooled, norm=LogNorm(DARKEST, 1), extent=(0, end, end, 0), cmap="magma", interpolation="nearest")
-        axis.set(xlim=(0, maps.num_tokens), ylim=(maps.num_tokens, 0), xticks=(0, maps.num_tokens), yticks=(0, maps.num_tokens))
+        image = axis.imshow(
+            pooled,
+            norm=LogNorm(DARKEST, 1),
+            extent=(0, end, end, 0),
+            cmap="magma",
+            interpolation="nearest",
+        )
+        axis.set(
+            xlim=(0, maps.num_tokens),
+            ylim=(maps.num_tokens, 0),
+            xticks=(0, maps.num_tokens),
+            yticks=(0, maps.num_tokens),
+        )
         axis.tick_params(labelbottom=False, labelleft=False, length=0)
         if row == 0:
             axis.set_title(f"head {head}", fontsize="medium")
@@ -165,4 +237,11 @@ def _draw_maps(figure: Any, maps: AttentionMaps, layers: Sequence[int]) -> None:
             axis.set_ylabel(f"layer {layers[row]}")
     figure.supxlabel(f"key (tokens, 0 to {maps.num_tokens:,})", fontsize="medium")
     figure.supylabel(f"query (tokens, 0 to {maps.num_tokens:,})", fontsize="medium")
-    figure.colorbar(image, ax=axes, label=f"share of attention on {maps.bin_width} token(s)", aspect=40, fraction=0.02, pad=0.005)
+    figure.colorbar(
+        image,
+        ax=axes,
+        label=f"share of attention on {maps.bin_width} token(s)",
+        aspect=40,
+        fraction=0.02,
+        pad=0.005,
+    )

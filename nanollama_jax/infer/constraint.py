@@ -33,9 +33,15 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
-        self.encode, self.eos_token_id, self.bos_token_id = tokenizer.encode, tokenizer.eos_id, tokenizer.bos_id
+        self.encode, self.eos_token_id, self.bos_token_id = (
+            tokenizer.encode,
+            tokenizer.eos_id,
+            tokenizer.bos_id,
+        )
         self.special: dict[str, int] = {}
-        self.tokens = [b""] * vocab_size  # no bytes, never allowed: UNK, and the rows beyond the tokenizer
+        self.tokens = [
+            b""
+        ] * vocab_size  # no bytes, never allowed: UNK, and the rows beyond the tokenizer
         for token, piece in enumerate(processor.id_to_piece(list(range(tokenizer.vocab_size)))):
             if processor.is_control(token):
                 self.special[piece] = token
@@ -44,14 +50,20 @@ class _Vocabulary:
             elif not processor.is_unknown(token) and not processor.is_unused(token):
                 self.tokens[token] = piece.replace("\u2581", " ").encode()
         self.special_token_ids = list(self.special.values())
-        self.one_byte = {piece: token for token, piece in enumerate(self.tokens) if len(piece) == 1}  # a character's own piece comes after its byte's
+        self.one_byte = {
+            piece: token for token, piece in enumerate(self.tokens) if len(piece) == 1
+        }  # a character's own piece comes after its byte's
         self.llguidance: llguidance.LLTokenizer | None = None  # built of this
 
     def __call__(self, text: str) -> list[int]:
         """Ids whose bytes are just `text`, which goes on from other text: with a dummy prefix it is encoded behind a newline, which is cut off."""
         for before in ("", "\n"):
             ids = self.encode(before + text)
-            while self._bytes(ids) != text.encode() and self._bytes(ids[:1]) in (b" ", b"\n", b" \n"):
+            while self._bytes(ids) != text.encode() and self._bytes(ids[:1]) in (
+                b" ",
+                b"\n",
+                b" \n",
+            ):
                 ids = ids[1:]
             if self._bytes(ids) == text.encode():
                 return ids
@@ -73,24 +85,43 @@ class _EndSearch:
 
     def __init__(self, vocabulary: _Vocabulary, grammar: Grammar):
         one_byte = vocabulary.one_byte
-        order = [bytes([byte]) for byte in dict.fromkeys([*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(256)])]
+        order = [
+            bytes([byte])
+            for byte in dict.fromkeys([*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(256)])
+        ]
         self.pieces, self.eos = vocabulary.tokens, vocabulary.eos_token_id
-        self.words = [vocabulary.llguidance.greedy_tokenize(word) for word in list(dict.fromkeys(grammar.words))[:_MAX_WORDS]]
-        self.steps = np.array([one_byte[byte] for byte in order if byte in one_byte and byte < b"\x80"] + vocabulary.special_token_ids)
-        self.rest_of_utf8 = np.array([one_byte[byte] for byte in order if byte in one_byte and byte >= b"\x80"])
+        self.words = [
+            vocabulary.llguidance.greedy_tokenize(word)
+            for word in list(dict.fromkeys(grammar.words))[:_MAX_WORDS]
+        ]
+        self.steps = np.array(
+            [one_byte[byte] for byte in order if byte in one_byte and byte < b"\x80"]
+            + vocabulary.special_token_ids
+        )
+        self.rest_of_utf8 = np.array(
+            [one_byte[byte] for byte in order if byte in one_byte and byte >= b"\x80"]
+        )
         self.in_text = [one_byte[byte] for byte in (b"~",) if byte in one_byte]
-        self.end_text: list[Goal] = [([one_byte[byte], *self.in_text], 1) for byte in (b'"',) if byte in one_byte]  # and no text may follow it
-        end_value: list[Goal] = [([one_byte[byte]], 1) for byte in (b"}", b"]", b")", b",", b'"') if byte in one_byte]
+        self.end_text: list[Goal] = [
+            ([one_byte[byte], *self.in_text], 1) for byte in (b'"',) if byte in one_byte
+        ]  # and no text may follow it
+        end_value: list[Goal] = [
+            ([one_byte[byte]], 1) for byte in (b"}", b"]", b")", b",", b'"') if byte in one_byte
+        ]
         self.ways = [end_value] if grammar.json else [[], end_value]
         self.error = ""
 
-    def path(self, matcher: llguidance.LLMatcher, limit: int, max_tried: int, known: Sequence[int] = ()) -> list[int] | None:
+    def path(
+        self, matcher: llguidance.LLMatcher, limit: int, max_tried: int, known: Sequence[int] = ()
+    ) -> list[int] | None:
         """At most `limit` tokens from where `matcher` is, and stays, to where the text may end; None if none were found. `known`: a path from
         nearby; it, or what is left of it behind its first tokens, most often leads to the end from here too, or from a few steps on."""
         for way in self.ways:
             probe, path, work = matcher.deep_copy(), [], iter(range(max_tried))
             while not probe.is_accepting() and len(path) <= limit:
-                dropped = range(max(0, len(path) + len(known) - limit), min(len(known), _MAX_DROPPED))
+                dropped = range(
+                    max(0, len(path) + len(known) - limit), min(len(known), _MAX_DROPPED)
+                )
                 goals = [([*known[start:], self.eos], len(known) - start + 1) for start in dropped]
                 in_text = bool(way) and bool(probe.validate_tokens(self.in_text))
                 goals += self.end_text if in_text else way
@@ -98,7 +129,11 @@ class _EndSearch:
                 if not step and in_text:
                     step = self._fill(probe, goals, limit - len(path))
                 step = step or self._nearest(probe, goals, work)
-                if not step or not all(self.pieces[token] for token in step) or not probe.consume_tokens(step):
+                if (
+                    not step
+                    or not all(self.pieces[token] for token in step)
+                    or not probe.consume_tokens(step)
+                ):
                     self.error = self.error or probe.get_error()  # llguidance's limits
                     break
                 path += step
@@ -118,13 +153,19 @@ class _EndSearch:
     def _fill(self, matcher: llguidance.LLMatcher, goals: list[Goal], limit: int) -> list[int]:
         """More text up to where it may end: a least length."""
         probe, step = matcher.deep_copy(), []
-        while len(step) < limit and probe.validate_tokens(self.in_text) and probe.consume_tokens(self.in_text):
+        while (
+            len(step) < limit
+            and probe.validate_tokens(self.in_text)
+            and probe.consume_tokens(self.in_text)
+        ):
             step += self.in_text
             if self._reached(probe, goals):
                 return step
         return []
 
-    def _nearest(self, matcher: llguidance.LLMatcher, goals: list[Goal], work: Iterator[int]) -> list[int]:
+    def _nearest(
+        self, matcher: llguidance.LLMatcher, goals: list[Goal], work: Iterator[int]
+    ) -> list[int]:
         """Tokens to the end or to where a goal is reached, breadth first. Of a state's successors by single bytes, those of one mask count as one."""
         layer, steps_of = [(matcher, [])], {}
         while layer:
@@ -134,7 +175,12 @@ class _EndSearch:
                 if not forced and mask not in steps_of:
                     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
                     steps = self.steps[bits[self.steps] == 1]
-                    steps_of[mask] = [[token] for token in (steps if steps.size else self.rest_of_utf8[bits[self.rest_of_utf8] == 1]).tolist()]
+                    steps_of[mask] = [
+                        [token]
+                        for token in (
+                            steps if steps.size else self.rest_of_utf8[bits[self.rest_of_utf8] == 1]
+                        ).tolist()
+                    ]
                 single, successors = [] if forced else steps_of[mask], {}
                 for number, step in enumerate([*single, *([forced] if forced else self.words)]):
                     if next(work, None) is None:
@@ -153,7 +199,9 @@ class _EndSearch:
                     if number < len(single):
                         successors[seen] = step
                 if single:
-                    steps_of[mask] = list(successors.values())  # the next state of this mask need not try all
+                    steps_of[mask] = list(
+                        successors.values()
+                    )  # the next state of this mask need not try all
             following.sort(key=lambda state: state[0])  # states of a mask not yet seen first
             layer = [(after, path) for _, after, path in following[:_BEAM]]
         return []
@@ -166,7 +214,9 @@ class Grammars:
         """`vocab_size`: the logits' width; ids from `tokenizer.vocab_size` on are never allowed. `end_ids`: what ends a text besides EOS (a chat
         model's <|im_end|>), allowed where EOS is."""
         self._vocabulary = _Vocabulary(tokenizer, vocab_size)
-        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=[tokenizer.eos_id, *end_ids])
+        self._tokenizer = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(self._vocabulary), eos_token=[tokenizer.eos_id, *end_ids]
+        )
         self._vocabulary.llguidance = self._tokenizer
         self.end_ids = (tokenizer.eos_id, *end_ids)
         allowed = np.pad([bool(piece) for piece in self._vocabulary.tokens], (0, -vocab_size % 32))
@@ -179,15 +229,26 @@ class Grammars:
         Raises `BadInput` for a grammar that llguidance refuses, that no text satisfies, or whose texts have no end that could be found.
         """
         if grammar not in self._compiled:
-            source = grammar.source if grammar.opening in self._vocabulary.special else grammar.source.replace(grammar.opening, "", 1)
-            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False))
+            source = (
+                grammar.source
+                if grammar.opening in self._vocabulary.special
+                else grammar.source.replace(grammar.opening, "", 1)
+            )
+            matcher = llguidance.LLMatcher(
+                self._tokenizer,
+                source,
+                log_level=0,
+                limits=llguidance.LLParserLimits(verbose_errors=False),
+            )
             matcher.compute_bitmask()  # finds what the compiler lets pass: a grammar without a text
             _raise_error(matcher)
             search = _EndSearch(self._vocabulary, grammar)
             path = search.path(matcher, _MAX_PATH, _MAX_TRIED)
             if path is None:
                 why = f" ({gist(search.error)})" if search.error else ""
-                raise BadInput(f"grammar: no end of its texts was found within {_MAX_PATH} tokens{why}: bound its repetitions, or make it simpler")
+                raise BadInput(
+                    f"grammar: no end of its texts was found within {_MAX_PATH} tokens{why}: bound its repetitions, or make it simpler"
+                )
             while len(self._compiled) >= _KEPT_GRAMMARS:
                 del self._compiled[next(iter(self._compiled))]
             self._compiled[grammar] = matcher, search, path
@@ -197,14 +258,23 @@ class Grammars:
         """One generation of at most `max_new_tokens` tokens. Raises `BadInput` as `compile` does, and where the text could not end in so few."""
         matcher, search, path = self.compile(grammar)
         if len(path) > max_new_tokens:
-            raise BadInput(f"grammar: the shortest text known has {len(path)} tokens, max_new_tokens is {max_new_tokens}: raise it")
+            raise BadInput(
+                f"grammar: the shortest text known has {len(path)} tokens, max_new_tokens is {max_new_tokens}: raise it"
+            )
         return Constraint(matcher.deep_copy(), copy.copy(search), path, max_new_tokens, self)
 
 
 class Constraint:
     """One running generation: `fill_mask`, sample, `accept`, until `finished`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, search: _EndSearch, path: list[int], budget: int, grammars: Grammars):
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        search: _EndSearch,
+        path: list[int],
+        budget: int,
+        grammars: Grammars,
+    ):
         self._matcher, self._search = matcher, search
         self._path = path  # from here to where the text may end, never longer than the budget
         self._budget = budget  # tokens that may still come
@@ -217,8 +287,14 @@ class Constraint:
 
     def fill_mask(self, mask_row: np.ndarray) -> None:
         """Fills `mask_row`, (ceil(vocab_size / 32),) int32: bit t says whether token t may come next. When finished, only EOS."""
-        if mask_row.dtype != np.int32 or mask_row.shape != self._never_beyond.shape or not mask_row.flags.c_contiguous:
-            raise ValueError(f"a mask is contiguous int32 of shape {self._never_beyond.shape}, not {mask_row.dtype} {mask_row.shape}")
+        if (
+            mask_row.dtype != np.int32
+            or mask_row.shape != self._never_beyond.shape
+            or not mask_row.flags.c_contiguous
+        ):
+            raise ValueError(
+                f"a mask is contiguous int32 of shape {self._never_beyond.shape}, not {mask_row.dtype} {mask_row.shape}"
+            )
         if self.finished or len(self._path) == self._budget:
             only = self._end_ids[0] if self.finished else self._path[0]
             mask_row[:] = 0
@@ -234,13 +310,18 @@ class Constraint:
         Raises ValueError for a token that is not allowed here, or after the end; `BadInput` if the grammar exceeds llguidance's limits.
         """
         if self.finished or not self._matcher.validate_tokens([token]):
-            raise ValueError(f"token {token} is not allowed {'after the end' if self.finished else 'here'}: sample under the mask")
+            raise ValueError(
+                f"token {token} is not allowed {'after the end' if self.finished else 'here'}: sample under the mask"
+            )
         self._budget -= 1
         if token in self._end_ids:
             path = []
         else:
             path = self._path[self._path[:1] == [token] :]
-            if len(path) > self._budget or self._matcher.validate_tokens([token, *path, self._end_ids[0]]) < len(path) + 2:
+            if (
+                len(path) > self._budget
+                or self._matcher.validate_tokens([token, *path, self._end_ids[0]]) < len(path) + 2
+            ):
                 after = self._matcher.deep_copy()
                 after.consume_token(token)
                 path = self._search.path(after, self._budget, _MAX_TRIED // 4, path)

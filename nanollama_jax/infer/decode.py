@@ -30,15 +30,28 @@ class DecodeState(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
-def prefill(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig, slots: int) -> tuple[KVCache, ...]:
+def prefill(
+    params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig, slots: int
+) -> tuple[KVCache, ...]:
     """Caches of `slots` tokens a row that hold `tokens_BT` (T > 1, padded on the right: what padding wrote is never looked at)."""
     B, _ = tokens_BT.shape
-    empty = constrain(jnp.zeros((B, model.num_kv_heads, slots, model.head_dim), model.dtype), ("batch", "kv_heads", "length", "head_dim"))
-    _, caches = forward(params, tokens_BT, rope_theta, model, tuple(KVCache(empty, empty) for _ in range(model.num_layers)))
+    empty = constrain(
+        jnp.zeros((B, model.num_kv_heads, slots, model.head_dim), model.dtype),
+        ("batch", "kv_heads", "length", "head_dim"),
+    )
+    _, caches = forward(
+        params,
+        tokens_BT,
+        rope_theta,
+        model,
+        tuple(KVCache(empty, empty) for _ in range(model.num_layers)),
+    )
     return caches
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "switches", "pieces"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "steps", "switches", "pieces"), donate_argnames="state"
+)
 def decode(
     params: Any,
     state: DecodeState,
@@ -59,22 +72,44 @@ def decode(
 
     def step(carry):
         i, out_BC, state = carry
-        hidden_B1D, caches = forward(params, state.token_B[:, None], rope_theta, model, state.caches, state.position_B[:, None])
+        hidden_B1D, caches = forward(
+            params,
+            state.token_B[:, None],
+            rope_theta,
+            model,
+            state.caches,
+            state.position_B[:, None],
+        )
         logits_BV = head(params, hidden_B1D[:, 0])
         finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
         token_V = jnp.arange(model.vocab_size)
         if pieces < model.vocab_size:
             logits_BV = jnp.where(token_V < pieces, logits_BV, -jnp.inf)
         if allowed_BW is not None:
-            logits_BV = jnp.where((allowed_BW[:, token_V // 32] >> (token_V % 32)) & 1, logits_BV, -jnp.inf)
-        seen_BV = None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), state.token_B].set(True)
+            logits_BV = jnp.where(
+                (allowed_BW[:, token_V // 32] >> (token_V % 32)) & 1, logits_BV, -jnp.inf
+            )
+        seen_BV = (
+            None
+            if state.seen_BV is None
+            else state.seen_BV.at[jnp.arange(B), state.token_B].set(True)
+        )
         chosen_B = choose(logits_BV, seen_BV, state.stream_B, state.position_B, sampling, switches)
         chosen_B = jnp.where(finite_B, chosen_B, NOT_FINITE)
         token_B = jnp.where(state.done_B, state.token_B, chosen_B)
         position_B = jnp.where(state.done_B, state.position_B, state.position_B + 1)
         out_BC = out_BC.at[:, i].set(jnp.where(state.done_B, -1, token_B))
-        done_B = state.done_B | (token_B[:, None] == stop_ids).any(axis=1) | (position_B >= state.last_B) | ~finite_B
-        return i + 1, out_BC, DecodeState(caches, token_B, position_B, state.last_B, state.stream_B, done_B, seen_BV)
+        done_B = (
+            state.done_B
+            | (token_B[:, None] == stop_ids).any(axis=1)
+            | (position_B >= state.last_B)
+            | ~finite_B
+        )
+        return (
+            i + 1,
+            out_BC,
+            DecodeState(caches, token_B, position_B, state.last_B, state.stream_B, done_B, seen_BV),
+        )
 
     def unfinished(carry):
         i, _, state = carry
@@ -86,7 +121,9 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def token_logprobs(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig) -> jax.Array:
+def token_logprobs(
+    params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig
+) -> jax.Array:
     """Natural-log probability of each token, given those before it in its row: (B, T) float32, 0 for the first."""
     B, T = tokens_BT.shape
     hidden_BTD = forward(params, tokens_BT, rope_theta, model)
@@ -102,12 +139,16 @@ def token_logprobs(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, 
         return x_BT.reshape(B, T // C, C, *x_BT.shape[2:]).swapaxes(0, 1)
 
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    logprobs_BT = jax.lax.map(of_chunk, (chunks(hidden_BTD), chunks(targets_BT))).swapaxes(0, 1).reshape(B, T)
+    logprobs_BT = (
+        jax.lax.map(of_chunk, (chunks(hidden_BTD), chunks(targets_BT))).swapaxes(0, 1).reshape(B, T)
+    )
     return jnp.roll(logprobs_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def logits(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig) -> jax.Array:
+def logits(
+    params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig
+) -> jax.Array:
     """(B, T, V) float32."""
     return head(params, forward(params, tokens_BT, rope_theta, model))
 
@@ -115,9 +156,13 @@ def logits(params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: M
 def forward(params, tokens_BT, rope_theta, model, caches=None, positions_BT=None):
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions_BT is None else positions_BT
-    return Llama(model).apply({"params": params}, tokens_BT, positions_BT, jnp.ones((B, T), jnp.int32), rope_theta, caches)
+    return Llama(model).apply(
+        {"params": params}, tokens_BT, positions_BT, jnp.ones((B, T), jnp.int32), rope_theta, caches
+    )
 
 
 def head(params: Any, hidden: jax.Array) -> jax.Array:
     """Logits (..., V) float32 of hidden states (..., D)."""
-    return jnp.einsum("...D,DV->...V", hidden, params["head"]["kernel"], preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...D,DV->...V", hidden, params["head"]["kernel"], preferred_element_type=jnp.float32
+    )

@@ -11,14 +11,22 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from nanollama_jax.data.conversations import naming, parse_tools
+from nanollama_jax.chat.conversations import naming, parse_tools
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import TOOL_CALL
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _COMBINED = ("allOf", "anyOf", "oneOf")
 # Berkeley Function Calling Leaderboard's names of types are Python's and JSON Schema's mixed.
-_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "list": "array", "int": "integer", "str": "string", "bool": "boolean"}
+_JSON_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "tuple": "array",
+    "list": "array",
+    "int": "integer",
+    "str": "string",
+    "bool": "boolean",
+}
 # What llguidance says of a schema without its keyword -> the same with it.
 _UNENFORCEABLE = {
     "oneOf constraints": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
@@ -34,8 +42,12 @@ class Grammar:
 
     source: str
     json: bool  # at least in part
-    words: Sequence[str] = dataclasses.field(default=(), compare=False)  # literal text in it, some of which may be what ends a text
-    opening: str = ""  # a special token in `source`, left out where the vocabulary has no such piece
+    words: Sequence[str] = dataclasses.field(
+        default=(), compare=False
+    )  # literal text in it, some of which may be what ends a text
+    opening: str = (
+        ""  # a special token in `source`, left out where the vocabulary has no such piece
+    )
 
 
 def json_schema(schema: dict[str, Any] | str) -> Grammar:
@@ -65,10 +77,14 @@ def regex(pattern: str) -> Grammar:
 def lark(text: str) -> Grammar:
     """Texts of a context-free grammar in llguidance's kind of Lark; in a rule, <|name|> is that special token and %json {...} a JSON schema."""
     if re.search(r'stop\s*=\s*""', text):
-        raise BadInput('grammar: stop="" would take the end token in the midst of a text: use suffix= or lazy')
+        raise BadInput(
+            'grammar: stop="" would take the end token in the midst of a text: use suffix= or lazy'
+        )
     quoted = re.findall(r'"((?:[^"\\\n]|\\.)+)"', text)
     regexes = re.findall(r"/((?:[^/\\\n]|\\.)+)/", text)
-    words = [word.replace("\\n", "\n").replace('\\"', '"') for word in quoted] + [word for pattern in regexes for word in _literals(pattern)]
+    words = [word.replace("\\n", "\n").replace('\\"', '"') for word in quoted] + [
+        word for pattern in regexes for word in _literals(pattern)
+    ]
     return Grammar(LLMatcher.grammar_from_lark(_utf8(text)), json="%json" in text, words=words)
 
 
@@ -92,11 +108,23 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
                 why = f"its parameters are nested too deeply ({gist(str(error))})"
                 raise BadInput(f"{why}: flatten them") from error
         properties = {"name": {"const": tool["name"]}, "arguments": arguments}
-        calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     if not calls:
         raise BadInput("there is no tool to call: give at least one")
     schema = json.dumps({"x-guidance": _JSON_STYLE, "anyOf": calls})
-    return Grammar(f"start: {TOOL_CALL} call\ncall: %json {schema}\n", json=True, words=_pattern_literals(schema), opening=TOOL_CALL)
+    return Grammar(
+        f"start: {TOOL_CALL} call\ncall: %json {schema}\n",
+        json=True,
+        words=_pattern_literals(schema),
+        opening=TOOL_CALL,
+    )
 
 
 def _enforceable(schema: str) -> str:
@@ -126,19 +154,27 @@ def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
     shared = bool(schema.get("properties")) or (isinstance(all_of, list) and len(all_of) > 1)
     mapped = {}
     for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(
+            value, dict
+        ):
             mapped[key] = {name: _json_types(each, root) for name, each in value.items()}
         elif key in _COMBINED:
             mapped[key] = _json_types(value, root, closed and not shared)
         else:
-            mapped[key] = value if key in ("enum", "const", "default", "examples") else _json_types(value, root)  # those are no schemas
+            mapped[key] = (
+                value
+                if key in ("enum", "const", "default", "examples")
+                else _json_types(value, root)
+            )  # those are no schemas
     types = mapped.get("type")
     if types == "any":
         del mapped["type"]
     elif isinstance(types, str):
         mapped["type"] = _JSON_TYPES.get(types, types)
     elif isinstance(types, list):
-        mapped["type"] = [_JSON_TYPES.get(each, each) if isinstance(each, str) else each for each in types]
+        mapped["type"] = [
+            _JSON_TYPES.get(each, each) if isinstance(each, str) else each for each in types
+        ]
     if isinstance(mapped.get("$ref"), str) and mapped["$ref"].startswith("#"):
         mapped["$ref"] = root + mapped["$ref"][1:]
     listed = "properties" in mapped and mapped.keys().isdisjoint(_COMBINED)
@@ -167,7 +203,9 @@ def _property_names(schema: Any) -> list[str] | None:
 
 def _literals(pattern: str) -> list[str]:
     """Stretches of a regex that stand for themselves."""
-    found = re.findall(r"(?<=\\)\W|(?<=\[)\W(?=\])|[^\s\\|*+?()\[\]{}^$.]+", re.sub(r"\\[A-Za-z]", " ", pattern))
+    found = re.findall(
+        r"(?<=\\)\W|(?<=\[)\W(?=\])|[^\s\\|*+?()\[\]{}^$.]+", re.sub(r"\\[A-Za-z]", " ", pattern)
+    )
     return [word for word in found if len(word) > 1 or not word.isalnum()]
 
 

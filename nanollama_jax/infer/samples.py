@@ -3,25 +3,33 @@
 import json
 from collections.abc import Iterator, Sequence
 
-from nanollama_jax.data import chat
-from nanollama_jax.data.conversations import Message
+from nanollama_jax.chat import chatml as chat
+from nanollama_jax.chat.conversations import Message
 from nanollama_jax.errors import BadInput
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.tokenizer import Tokenizer
 
 
-def encode(prompts: Sequence[str], tokenizer: Tokenizer, context_length: int) -> dict[str, list[int]]:
+def encode(
+    prompts: Sequence[str], tokenizer: Tokenizer, context_length: int
+) -> dict[str, list[int]]:
     """prompt -> ids, asked by a user in a conversation of its own. Raises BadInput for one that leaves no room for an answer."""
-    encoded = {prompt: chat.encode_prompt([Message("user", prompt)], tokenizer) for prompt in prompts}
+    encoded = {
+        prompt: chat.encode_prompt([Message("user", prompt)], tokenizer) for prompt in prompts
+    }
     for prompt, ids in encoded.items():
         if len(ids) >= context_length:
-            raise BadInput(f"samples.prompts: {prompt[:40]!r}... has {len(ids)} tokens, and the context is of {context_length}: shorten it")
+            raise BadInput(
+                f"samples.prompts: {prompt[:40]!r}... has {len(ids)} tokens, and the context is of {context_length}: shorten it"
+            )
     return encoded
 
 
 def lines(engine: Engine, prompts: dict[str, list[int]], max_new_tokens: int) -> Iterator[str]:
     """The greedy reply to each prompt of `encode`, escaped, for a log."""
-    for prompt, completion in zip(prompts, engine.generate(list(prompts.values()), max_new_tokens=max_new_tokens), strict=True):
+    for prompt, completion in zip(
+        prompts, engine.generate(list(prompts.values()), max_new_tokens=max_new_tokens), strict=True
+    ):
         yield f"asked: {prompt!r}"
         for what, text in parts(chat.parse_reply(completion.tokens, engine.tokenizer)):
             yield f"{what}: {text!r}"

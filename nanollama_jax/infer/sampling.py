@@ -17,7 +17,9 @@ class Sampling:
     temperature: float = 0.0  # 0: the likeliest token; the filters below need more than 0
     top_k: int = 0  # keep the k likeliest; 0: all
     top_p: float = 1.0  # keep the likeliest that together reach p (arXiv:1904.09751); 1: all
-    min_p: float = 0.0  # keep those at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all
+    min_p: float = (
+        0.0  # keep those at least min_p times as likely as the likeliest (arXiv:2407.01082); 0: all
+    )
     repetition_penalty: float = 1.0  # divides positive logits of tokens already seen, multiplies negative ones (arXiv:1909.05858); 1: off
     seed: int = 0
 
@@ -31,11 +33,15 @@ class Sampling:
         if not 0 <= self.min_p < 1:
             raise BadInput(f"min_p={self.min_p} must be at least 0 (off) and below 1")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise BadInput(f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is off)")
+            raise BadInput(
+                f"repetition_penalty={self.repetition_penalty} must be above 0 (1 is off)"
+            )
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise BadInput(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1")
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
-            raise BadInput("top_k, top_p and min_p choose what to draw from, and at temperature=0 nothing is drawn: set a temperature, such as 0.8")
+            raise BadInput(
+                "top_k, top_p and min_p choose what to draw from, and at temperature=0 nothing is drawn: set a temperature, such as 0.8"
+            )
 
     @property
     def switches(self) -> frozenset[str]:
@@ -46,7 +52,10 @@ class Sampling:
     @property
     def values(self) -> dict[str, jax.Array]:
         """The rest, traced: other values recompile nothing."""
-        numbers = {name: jnp.float32(getattr(self, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        numbers = {
+            name: jnp.float32(getattr(self, name))
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        }
         return numbers | {"top_k": jnp.int32(self.top_k), "seed": jnp.uint32(self.seed)}
 
 
@@ -64,29 +73,44 @@ def choose(
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw(stream, position, logits_V):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(values["seed"]), stream), position)
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(values["seed"]), stream), position
+        )
         return jax.random.categorical(key, logits_V)
 
     return jax.vmap(draw)(stream_B, position_B, logits_BV).astype(jnp.int32)
 
 
-def filter_logits(logits_BV: jax.Array, seen_BV: jax.Array | None, values: dict[str, jax.Array], switches: frozenset[str]) -> jax.Array:
+def filter_logits(
+    logits_BV: jax.Array,
+    seen_BV: jax.Array | None,
+    values: dict[str, jax.Array],
+    switches: frozenset[str],
+) -> jax.Array:
     """Logits after penalty and temperature, minus infinity where a filter removes a token. Tokens that tie at a threshold all stay."""
     if "repetition_penalty" in switches:
         penalty = values["repetition_penalty"]
-        logits_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+        logits_BV = jnp.where(
+            seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV
+        )
     if "temperature" in switches:
         logits_BV = logits_BV / values["temperature"]
     lowest_B1 = jnp.full((len(logits_BV), 1), -jnp.inf)  # what stays is at least this
     if switches & {"top_k", "top_p"}:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         if "top_k" in switches:
-            lowest_B1 = jax.lax.dynamic_slice_in_dim(sorted_BV, jnp.minimum(values["top_k"], sorted_BV.shape[1]) - 1, 1, axis=1)
+            lowest_B1 = jax.lax.dynamic_slice_in_dim(
+                sorted_BV, jnp.minimum(values["top_k"], sorted_BV.shape[1]) - 1, 1, axis=1
+            )
         if "top_p" in switches:
-            probability_BV = jax.nn.softmax(jnp.where(sorted_BV >= lowest_B1, sorted_BV, -jnp.inf), axis=-1)
+            probability_BV = jax.nn.softmax(
+                jnp.where(sorted_BV >= lowest_B1, sorted_BV, -jnp.inf), axis=-1
+            )
             likelier_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
             kept_BV = (likelier_BV < values["top_p"]) & (sorted_BV >= lowest_B1)
             lowest_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     if "min_p" in switches:
-        lowest_B1 = jnp.maximum(lowest_B1, jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(values["min_p"]))
+        lowest_B1 = jnp.maximum(
+            lowest_B1, jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(values["min_p"])
+        )
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)

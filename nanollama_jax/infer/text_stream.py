@@ -12,15 +12,27 @@ class TextStream:
     """What follows `prompt`, pushed in tokens and given back in text. `text` and `tokens` are what has come so far; `finish_reason` is None until
     it ends: "stop" here, "length" by the caller."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = (), stop_ids: Sequence[int] = ()):
-        self._tokenizer, self._stop, self._stop_ids = tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), frozenset(stop_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ):
+        self._tokenizer, self._stop, self._stop_ids = (
+            tokenizer,
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            frozenset(stop_ids),
+        )
         if not all(self._stop):
             raise BadInput("a stop string is empty: leave it out")
         self.tokens: list[int] = []
         self.text = ""  # settled
         self.finish_reason: str | None = None
         self._given = 0  # characters of `text` that were handed out
-        self._window = list(prompt[-_CONTEXT:])  # a few settled tokens, then those whose text is not settled
+        self._window = list(
+            prompt[-_CONTEXT:]
+        )  # a few settled tokens, then those whose text is not settled
         self._settled = len(self._window) - tokenizer.unfinished_bytes(self._window)
         self._before = tokenizer.decode(self._window[: self._settled])
 
@@ -52,7 +64,9 @@ class TextStream:
         new = whole[len(self._before) :]
         searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += new
-        ends = [at for at in (self.text.find(string, searched_from) for string in self._stop) if at >= 0]
+        ends = [
+            at for at in (self.text.find(string, searched_from) for string in self._stop) if at >= 0
+        ]
         if ends:
             self.text, self.finish_reason = self.text[: min(ends)], "stop"
         self._before = whole
@@ -65,7 +79,14 @@ class TextStream:
         end = len(self.text)
         if self.finish_reason is None:
             for string in self._stop:
-                held = next((n for n in range(min(len(string) - 1, end), 0, -1) if self.text.endswith(string[:n])), 0)
+                held = next(
+                    (
+                        n
+                        for n in range(min(len(string) - 1, end), 0, -1)
+                        if self.text.endswith(string[:n])
+                    ),
+                    0,
+                )
                 end = min(end, len(self.text) - held)
         piece, self._given = self.text[self._given : end], max(self._given, end)
         return piece

@@ -33,27 +33,50 @@ class ModelConfig:
     dtype: str = "float32"
     attention: str = "xla"  # one of ATTENTION_BACKENDS
     document_mask: bool = True  # False: causal over the whole row, across document boundaries
-    packed_documents: int = 8  # room for how many documents a row, on average over a device's rows, `cudnn_packed` has
+    packed_documents: int = (
+        8  # room for how many documents a row, on average over a device's rows, `cudnn_packed` has
+    )
     remat: str = "none"  # one of REMAT_POLICIES
     scan_layers: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "packed_documents"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "packed_documents",
+        ):
             if getattr(self, name) < 1:
                 raise BadInput(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
-            raise BadInput(f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}: choose one that is")
+            raise BadInput(
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}: choose one that is"
+            )
         if self.head_dim % 2:
             raise BadInput(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.attention not in ATTENTION_BACKENDS:
-            raise BadInput(f"model.attention={self.attention!r} is unknown: choose auto, {', '.join(ATTENTION_BACKENDS)}")
+            raise BadInput(
+                f"model.attention={self.attention!r} is unknown: choose auto, {', '.join(ATTENTION_BACKENDS)}"
+            )
         if self.remat not in REMAT_POLICIES:
-            raise BadInput(f"model.remat={self.remat!r} is unknown: choose auto, {', '.join(REMAT_POLICIES)}")
+            raise BadInput(
+                f"model.remat={self.remat!r} is unknown: choose auto, {', '.join(REMAT_POLICIES)}"
+            )
         if self.attention == "cudnn" and self.document_mask:
-            raise BadInput("model.attention='cudnn' is plain causal and cannot mask documents: set model.document_mask=False, or choose cudnn_packed")
+            raise BadInput(
+                "model.attention='cudnn' is plain causal and cannot mask documents: set model.document_mask=False, or choose cudnn_packed"
+            )
         if self.attention == "cudnn_packed" and not self.document_mask:
-            raise BadInput("model.attention='cudnn_packed' masks documents: set model.document_mask=True, or model.attention=cudnn")
-        if self.attention != "xla" and (self.dtype == "float32" or self.head_dim % 8 or self.head_dim > 256):
+            raise BadInput(
+                "model.attention='cudnn_packed' masks documents: set model.document_mask=True, or model.attention=cudnn"
+            )
+        if self.attention != "xla" and (
+            self.dtype == "float32" or self.head_dim % 8 or self.head_dim > 256
+        ):
             raise BadInput(
                 f"model.attention={self.attention!r} needs 16-bit activations and heads of a multiple of 8 up to 256 (model.dtype={self.dtype}, "
                 f"model.head_dim={self.head_dim}): change these, or set model.attention=xla"
@@ -63,11 +86,18 @@ class ModelConfig:
     def matmul_params(self) -> int:
         """Parameters that take part in matrix products: all but the embedding table and the norms."""
         attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.d_model * self.ffn_dim) + self.d_model * self.vocab_size
+        return (
+            self.num_layers * (attention + 3 * self.d_model * self.ffn_dim)
+            + self.d_model * self.vocab_size
+        )
 
     @property
     def num_params(self) -> int:
-        return self.matmul_params + self.vocab_size * self.d_model + (2 * self.num_layers + 1) * self.d_model
+        return (
+            self.matmul_params
+            + self.vocab_size * self.d_model
+            + (2 * self.num_layers + 1) * self.d_model
+        )
 
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of one training token, forward and backward: 6 per matmul parameter plus causal attention, 6 * L * S * N * H.
@@ -75,4 +105,7 @@ class ModelConfig:
         This is the causal count (half of the full square). The nominal count of PaLM (appendix B), 6 * all parameters + 12 * L * S * D,
         is 1.21x as large for the 1B model at 4,096 tokens and 1.45x at 16,384. Recomputation (remat) is not counted.
         """
-        return 6.0 * self.matmul_params + 6.0 * self.num_layers * seq_len * self.num_heads * self.head_dim
+        return (
+            6.0 * self.matmul_params
+            + 6.0 * self.num_layers * seq_len * self.num_heads * self.head_dim
+        )

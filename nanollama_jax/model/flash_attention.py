@@ -38,26 +38,36 @@ def pack(segment_ids_BT: jax.Array, documents_per_row: int) -> tuple[Packing, ja
     def local(segment_ids_BT):
         B, T = segment_ids_BT.shape
         M = max(2, documents_per_row)
-        begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        begins_BT = jnp.pad(
+            segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+        )
         in_row_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32) - 1
         found_B = in_row_BT[:, -1] + 1
         limit_Z = jnp.arange(1, B * M + 1)
         fits_Z = jnp.minimum(found_B[:, None], limit_Z).sum(axis=0) <= B * M
         limit = jnp.max(jnp.where(fits_Z, limit_Z, 1))
         kept_B = jnp.minimum(found_B, limit)
-        document_BT = jnp.minimum(in_row_BT, limit - 1) + (jnp.cumsum(kept_B) - kept_B)[:, None].astype(jnp.int32)
+        document_BT = jnp.minimum(in_row_BT, limit - 1) + (jnp.cumsum(kept_B) - kept_B)[
+            :, None
+        ].astype(jnp.int32)
         lengths_Z = jnp.zeros(B * M, jnp.int32).at[document_BT.reshape(-1)].add(1)
         starts_Z = jnp.cumsum(lengths_Z) - lengths_Z  # after the last: B * T
-        starts_BM1 = jnp.pad(starts_Z, (0, B), constant_values=B * T).reshape(B, M + 1).astype(jnp.int32)
+        starts_BM1 = (
+            jnp.pad(starts_Z, (0, B), constant_values=B * T).reshape(B, M + 1).astype(jnp.int32)
+        )
         position_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) - starts_Z[document_BT]
         return lengths_Z.reshape(B, M), starts_BM1, document_BT, position_BT, found_B - kept_B
 
-    *packing, merged_B = on_each_batch_shard(local, split_args=(True,), outputs=("rows",) * 5)(segment_ids_BT)
+    *packing, merged_B = on_each_batch_shard(local, split_args=(True,), outputs=("rows",) * 5)(
+        segment_ids_BT
+    )
     return Packing(*packing), merged_B
 
 
 @jax.custom_vjp
-def flash_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, packing: Packing | None) -> jax.Array:
+def flash_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, packing: Packing | None
+) -> jax.Array:
     """Attention output (B, T, N, H), bfloat16 like its inputs; without a packing each row is one document. Output and statistics carry the name
     "attention" for remat policies. Must be traced inside `sharding.use_mesh`."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, packing)[0]
@@ -66,9 +76,13 @@ def flash_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, pac
 def _forward(q_BTNH, k_BTKH, v_BTKH, packing):
     def local(q_BTNH, k_BTKH, v_BTKH, packing):
         out_BTNH, stats = cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing)
-        return out_BTNH, stats if packing is None else stats[packing.document_BT, :, packing.position_BT]
+        return out_BTNH, stats if packing is None else stats[
+            packing.document_BT, :, packing.position_BT
+        ]
 
-    out_BTNH, stats = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)(q_BTNH, k_BTKH, v_BTKH, packing)
+    out_BTNH, stats = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)(
+        q_BTNH, k_BTKH, v_BTKH, packing
+    )
     # Named here, in the rule: a name put on the result outside does not keep the kernel from running again
     out_BTNH, stats = checkpoint_name(out_BTNH, "attention"), checkpoint_name(stats, "attention")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats)
@@ -78,10 +92,15 @@ def _backward(residuals, d_out_BTNH):
     def local(q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats, d_out_BTNH):
         if packing is not None:
             B, T, N = stats.shape
-            lengths_Z, starts_Z = packing.lengths_BM.reshape(-1), packing.starts_BM1.reshape(-1)[: packing.lengths_BM.size]
+            lengths_Z, starts_Z = (
+                packing.lengths_BM.reshape(-1),
+                packing.starts_BM1.reshape(-1)[: packing.lengths_BM.size],
+            )
             position_T = jnp.arange(T)
             token_ZT = jnp.minimum(starts_Z[:, None] + position_T, B * T - 1)
-            stats_ZTN = jnp.where((position_T < lengths_Z[:, None])[..., None], stats.reshape(B * T, N)[token_ZT], 0.0)
+            stats_ZTN = jnp.where(
+                (position_T < lengths_Z[:, None])[..., None], stats.reshape(B * T, N)[token_ZT], 0.0
+            )
             stats = stats_ZTN.swapaxes(1, 2)
         return cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing, stats, out_BTNH, d_out_BTNH)
 
@@ -99,7 +118,9 @@ def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.
     return tuple(cudnn._dot_product_attention_fwd_p.bind(*operands, **options, is_training=True))
 
 
-def cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None, stats, out_BTNH, d_out_BTNH) -> tuple[jax.Array, jax.Array, jax.Array]:
+def cudnn_backward(
+    q_BTNH, k_BTKH, v_BTKH, packing: Packing | None, stats, out_BTNH, d_out_BTNH
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of queries, keys and values. Of one device."""
     operands = (*_operands(q_BTNH, k_BTKH, v_BTKH, packing), stats, out_BTNH, d_out_BTNH)
     return tuple(cudnn._dot_product_attention_bwd_p.bind(*operands, **_options(q_BTNH, packing)))
@@ -113,12 +134,28 @@ def _operands(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.Arra
     absent = jnp.zeros(0, q_BTNH.dtype)  # no bias, no page tables
     if packing is None:
         return q_BTNH, k_BTKH, v_BTKH, *[absent] * 7
-    return q_BTNH, k_BTKH, v_BTKH, absent, packing.lengths_BM, packing.lengths_BM, elements(q_BTNH), elements(k_BTKH), absent, absent
+    return (
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        absent,
+        packing.lengths_BM,
+        packing.lengths_BM,
+        elements(q_BTNH),
+        elements(k_BTKH),
+        absent,
+        absent,
+    )
 
 
 def _options(q_BTNH, packing: Packing | None) -> dict:
     mask = cudnn.MaskType.CAUSAL if packing is None else cudnn.MaskType.PADDING_CAUSAL
     return dict(
-        scale=q_BTNH.shape[-1] ** -0.5, seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=mask,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
-    )  # fmt: skip
+        scale=q_BTNH.shape[-1] ** -0.5,
+        seed=42,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=mask,
+        layout=cudnn.AttentionLayout.BTNH.value,
+        sliding_window_length=None,
+    )

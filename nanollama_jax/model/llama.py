@@ -13,7 +13,14 @@ import numpy as np
 from flax.linen import with_logical_constraint as constrain
 from jax.ad_checkpoint import checkpoint_name
 
-from nanollama_jax.model.attention import KVCache, Packing, attend, decode_attention, documents_of, prefill_cache
+from nanollama_jax.model.attention import (
+    KVCache,
+    Packing,
+    attend,
+    decode_attention,
+    documents_of,
+    prefill_cache,
+)
 from nanollama_jax.model.config import REMAT_POLICIES, ModelConfig
 from nanollama_jax.model.rope import apply_rope, rope_table
 
@@ -32,10 +39,16 @@ class Weight(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         # jax's truncated_normal(stddev) sets the scale before truncation at 2 sigma, as torch's trunc_normal_ at +-2*std does
-        init = nn.with_logical_partitioning(nn.initializers.truncated_normal(self.stddev), self.axes)
+        init = nn.with_logical_partitioning(
+            nn.initializers.truncated_normal(self.stddev), self.axes
+        )
         kernel = self.param("kernel", init, self.shape, jnp.float32)
         # Cast, then gathered: half the bytes. Without the constraint XLA gathers activations instead of weights
-        return kernel if self.dtype is None else constrain(kernel.astype(self.dtype), (None,) * kernel.ndim)
+        return (
+            kernel
+            if self.dtype is None
+            else constrain(kernel.astype(self.dtype), (None,) * kernel.ndim)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +57,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Root-mean-square norm (arXiv:1910.07467), computed in float32, returned in the dtype of the input."""
-        scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x_BTD.shape[-1],), jnp.float32)
+        scale_D = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            (x_BTD.shape[-1],),
+            jnp.float32,
+        )
         x_f32 = x_BTD.astype(jnp.float32)
         x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.eps)
         return (x_f32 * scale_D).astype(x_BTD.dtype)
@@ -65,18 +83,26 @@ class Attention(nn.Module):
         """With a cache, one token a row goes on from what is cached; more are the beginning of each row, and are written to it."""
         c = self.config
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
-        qkv_DNH = Weight((D, N + 2 * K, H), ("embed", "heads", "head_dim"), c.dtype, name="qkv")()  # heads of queries, keys, values, in this order
+        qkv_DNH = Weight(
+            (D, N + 2 * K, H), ("embed", "heads", "head_dim"), c.dtype, name="qkv"
+        )()  # heads of queries, keys, values, in this order
         qk_BTNH, v_BTKH = jnp.split(project(x_BTD, qkv_DNH), [N + K], axis=2)
         q_BTNH, k_BTKH = jnp.split(apply_rope(qk_BTNH, *rope), [N], axis=2)
         q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, "qkv") for x in (q_BTNH, k_BTKH, v_BTKH))
-        self.sow("intermediates", "q_and_k", (q_BTNH, k_BTKH))  # for attention maps; nothing unless asked for
+        self.sow(
+            "intermediates", "q_and_k", (q_BTNH, k_BTKH)
+        )  # for attention maps; nothing unless asked for
         if cache is not None and x_BTD.shape[1] == 1:
             out_BTNH, cache = decode_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache)
         else:
             out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, documents, c)
             cache = cache and prefill_cache(k_BTKH, v_BTKH, cache)
-        o_NHD = Weight((N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o")()
-        return checkpoint_name(project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D)), "o"), cache
+        o_NHD = Weight(
+            (N, H, D), ("heads", "head_dim", "embed"), c.dtype, residual_stddev(c), name="o"
+        )()
+        return checkpoint_name(
+            project(out_BTNH.reshape(*x_BTD.shape[:2], N * H), o_NHD.reshape(N * H, D)), "o"
+        ), cache
 
 
 class FeedForward(nn.Module):
@@ -86,10 +112,14 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """SwiGLU (arXiv:2002.05202)."""
         c = self.config
-        gate_up_D2F = Weight((c.d_model, 2, c.ffn_dim), ("embed", None, "ffn"), c.dtype, name="gate_up")()
+        gate_up_D2F = Weight(
+            (c.d_model, 2, c.ffn_dim), ("embed", None, "ffn"), c.dtype, name="gate_up"
+        )()
         gate_up_BT2F = checkpoint_name(project(x_BTD, gate_up_D2F), "gate_up")
         gate_BTF, up_BTF = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
-        down_FD = Weight((c.ffn_dim, c.d_model), ("ffn", "embed"), c.dtype, residual_stddev(c), name="down")()
+        down_FD = Weight(
+            (c.ffn_dim, c.d_model), ("ffn", "embed"), c.dtype, residual_stddev(c), name="down"
+        )()
         return project(nn.silu(gate_BTF) * up_BTF, down_FD)
 
 
@@ -109,7 +139,9 @@ class Block(nn.Module):
         c = self.config
         hidden_BTD = constrain(hidden_BTD, HIDDEN)
         normed_BTD = RMSNorm(c.norm_eps, name="attention_norm")(hidden_BTD)
-        attended_BTD, cache = Attention(c, name="attention")(normed_BTD, positions_BT, documents, rope, cache)
+        attended_BTD, cache = Attention(c, name="attention")(
+            normed_BTD, positions_BT, documents, rope, cache
+        )
         hidden_BTD = constrain(hidden_BTD + attended_BTD, HIDDEN)
         hidden_BTD += FeedForward(c, name="ffn")(RMSNorm(c.norm_eps, name="ffn_norm")(hidden_BTD))
         return constrain(hidden_BTD, HIDDEN), cache
@@ -132,8 +164,12 @@ class Llama(nn.Module):
         With `caches`, one a layer and the layers unrolled, returns `(hidden, caches)`: see `Attention`.
         """
         c = self.config
-        embedding_VD = Weight((c.vocab_size, c.d_model), ("vocab", "embed"), None, name="embedding")()
-        Weight((c.d_model, c.vocab_size), ("embed", "vocab"), None, name="head")()  # applied by the loss
+        embedding_VD = Weight(
+            (c.vocab_size, c.d_model), ("vocab", "embed"), None, name="embedding"
+        )()
+        Weight(
+            (c.d_model, c.vocab_size), ("embed", "vocab"), None, name="head"
+        )()  # applied by the loss
         hidden_BTD = constrain(embed(embedding_VD, tokens_BT, c.dtype), HIDDEN)
         rope = rope_table(positions_BT, c.head_dim, rope_theta)
         of_each_layer = (positions_BT, documents_of(segment_ids_BT, c), rope)
@@ -175,7 +211,9 @@ def _embed_forward(embedding_VD, tokens_BT, dtype):
 
 def _embed_backward(dtype, residuals, d_hidden_BTD):
     embedding_VD, tokens_BT = residuals  # the table only for its shape
-    d_embedding_VD = jnp.zeros_like(embedding_VD).at[tokens_BT].add(d_hidden_BTD.astype(embedding_VD.dtype))
+    d_embedding_VD = (
+        jnp.zeros_like(embedding_VD).at[tokens_BT].add(d_hidden_BTD.astype(embedding_VD.dtype))
+    )
     return constrain(d_embedding_VD, ("vocab", "embed")), None
 
 
@@ -194,10 +232,19 @@ def residual_stddev(config: ModelConfig) -> float:
     return INIT_STDDEV / (2 * config.num_layers) ** 0.5
 
 
-def logits(config: ModelConfig, params, tokens_BT, positions_BT, segment_ids_BT, rope_theta) -> jax.Array:
+def logits(
+    config: ModelConfig, params, tokens_BT, positions_BT, segment_ids_BT, rope_theta
+) -> jax.Array:
     """Logits (B, T, V) float32 of whole rows; `params` is the unboxed tree under "params"."""
-    hidden_BTD = Llama(config).apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, jnp.float32(rope_theta))
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, params["head"]["kernel"].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+    hidden_BTD = Llama(config).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, jnp.float32(rope_theta)
+    )
+    return jnp.einsum(
+        "BTD,DV->BTV",
+        hidden_BTD,
+        params["head"]["kernel"].astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +252,10 @@ def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
     if "layers" not in params:
         return params
     num_layers = params["layers"]["ffn_norm"]["scale"].shape[0]
-    layers = {f"layers_{i}": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"]) for i in range(num_layers)}
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda stacked, i=i: stacked[i], params["layers"])
+        for i in range(num_layers)
+    }
     return {name: value for name, value in params.items() if name != "layers"} | layers
 
 
@@ -214,10 +264,16 @@ def param_shapes(model: ModelConfig) -> Any:
     ids = np.zeros((1, 8), np.int32)
     init = Llama(dataclasses.replace(model, attention="xla", remat="none")).init
     # Unboxed inside: outside, within a mesh, it would constrain the sharding of what has none
-    return jax.eval_shape(lambda: nn.meta.unbox(init(jax.random.key(0), ids, ids, ids, np.float32(10_000))["params"]))
+    return jax.eval_shape(
+        lambda: nn.meta.unbox(init(jax.random.key(0), ids, ids, ids, np.float32(10_000))["params"])
+    )
 
 
 def stack_layers(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """The inverse of `unstack_layers`, on the host."""
-    layers = jax.tree.map(lambda *each: np.stack(each), *(params[f"layers_{i}"] for i in range(num_layers)))
-    return {name: value for name, value in params.items() if not name.startswith("layers_")} | {"layers": layers}
+    layers = jax.tree.map(
+        lambda *each: np.stack(each), *(params[f"layers_{i}"] for i in range(num_layers))
+    )
+    return {name: value for name, value in params.items() if not name.startswith("layers_")} | {
+        "layers": layers
+    }

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def rope_table(positions_BT: jax.Array, head_dim: int, rope_theta: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    positions_BT: jax.Array, head_dim: int, rope_theta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin, each (B, T, H/2) float32, for integer positions. `rope_theta` may be traced: changing it recompiles nothing."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     inverse_frequency = 1.0 / (rope_theta**exponent)
@@ -16,4 +18,6 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates pairs (i, i + H/2) of each head in float32; returns the dtype of `x_BTNH`."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BTNH.dtype)

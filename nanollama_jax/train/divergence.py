@@ -46,7 +46,10 @@ class Watch:
     def step(self, step: int, values: dict[str, float]) -> None:
         if values["update_skipped"]:
             self.skipped_in_a_row += 1
-            log.warning("step %d: loss, gradient or optimizer state is not finite; its update was skipped", step)
+            log.warning(
+                "step %d: loss, gradient or optimizer state is not finite; its update was skipped",
+                step,
+            )
             return
         self.skipped_in_a_row = 0
         self._recent.append(values[self._measure])
@@ -64,7 +67,9 @@ class Watch:
             self._diverged[kind] = f"the {kind} loss is {value}"
             return
         if lowest < self._chance - LEARNED and value > limit:
-            self._diverged[kind] = f"the model has diverged: {kind} {self._measure} {value:.4g} nats a token, after {lowest:.2f}"
+            self._diverged[kind] = (
+                f"the model has diverged: {kind} {self._measure} {value:.4g} nats a token, after {lowest:.2f}"
+            )
         self.lowest[kind] = lowest
 
     def objection(self, state: Any) -> str | None:
@@ -76,7 +81,9 @@ class Watch:
         return None if is_finite(state) else "parameters or optimizer state are not finite"
 
 
-def stop(why: str, checkpoints: Checkpoints, peak_lr: float, suspect: pathlib.Path | None) -> NoReturn:
+def stop(
+    why: str, checkpoints: Checkpoints, peak_lr: float, suspect: pathlib.Path | None
+) -> NoReturn:
     """Raises RunStopped with what to do. `suspect` is the checkpoint that a run resumed from that has not made one good step since."""
     checkpoints.wait()
     if suspect is not None:
@@ -84,13 +91,21 @@ def stop(why: str, checkpoints: Checkpoints, peak_lr: float, suspect: pathlib.Pa
         then = f"remove it (rm -r {suspect}) and rerun: training resumes from step {others[-1]}"
         if not others:
             then = f"it is the only one in {suspect.parent}: start again with another --workdir"
-        raise RunStopped(f"{why}, and no step since {suspect} was good: that checkpoint is damaged or had diverged already: {then}")
+        raise RunStopped(
+            f"{why}, and no step since {suspect} was good: that checkpoint is damaged or had diverged already: {then}"
+        )
     lower = f"lower optimizer.peak_lr (now {peak_lr:g}), or look at the data,"
     if not (steps := saved_steps(checkpoints.directory)):
         raise RunStopped(f"{why}. Nothing was saved yet: {lower} and rerun from the start")
     folder = checkpoints.directory / f"step_{steps[-1]}"
-    earlier = f"; if it stops again, remove that folder to resume from step {steps[-2]}" if len(steps) > 1 else ""
-    raise RunStopped(f"{why}. The last good checkpoint is {folder}: {lower} and rerun to resume from it{earlier}")
+    earlier = (
+        f"; if it stops again, remove that folder to resume from step {steps[-2]}"
+        if len(steps) > 1
+        else ""
+    )
+    raise RunStopped(
+        f"{why}. The last good checkpoint is {folder}: {lower} and rerun to resume from it{earlier}"
+    )
 
 
 def saved_steps(folder: pathlib.Path) -> list[int]:

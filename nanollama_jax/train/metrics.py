@@ -33,7 +33,9 @@ def set_up_logging(workdir: pathlib.Path, is_main_process: bool) -> None:
     log.addHandler(_Terminal())
     if is_main_process:
         file = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        )
         log.addHandler(file)
 
 
@@ -41,7 +43,13 @@ class _Terminal(logging.Handler):
     """Through rich's console, so that lines go above the live line; text is never read as markup."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno == logging.WARNING else "red" if record.levelno > logging.WARNING else None
+        style = (
+            "yellow"
+            if record.levelno == logging.WARNING
+            else "red"
+            if record.levelno > logging.WARNING
+            else None
+        )
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         console.print(f"{stamp} {record.getMessage()}", style=style, markup=False, soft_wrap=True)
 
@@ -50,11 +58,21 @@ class Reporter:
     """Takes each step's metrics as they arrive. Made once per stage and process; only the main process writes."""
 
     def __init__(
-        self, config: ConfigDict, workdir: pathlib.Path, *, step: int, flops_per_token: float, device_kind: str, devices: int, is_main: bool
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        *,
+        step: int,
+        flops_per_token: float,
+        device_kind: str,
+        devices: int,
+        is_main: bool,
     ):
         self._config, self._workdir, self._is_main = config, workdir, is_main
         self._flops_per_token = flops_per_token
-        self._peak = next((peak * devices for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+        self._peak = next(
+            (peak * devices for name, peak in PEAK_FLOPS.items() if name in device_kind), None
+        )
         self._seconds = self._data_seconds = 0.0  # of the steps since the last log line
         self._steps = 0
         self._live = None
@@ -66,18 +84,33 @@ class Reporter:
             columns = (
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=24),
-                rich.progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}", markup=False),
+                rich.progress.TextColumn(
+                    "{task.completed:,.0f}/{task.total:,.0f} {task.fields[line]}", markup=False
+                ),
             )
             self._live = rich.progress.Progress(*columns, console=console, transient=True)
-            self._task = self._live.add_task(config.name, total=config.end_step, completed=max(0, step), line="")
+            self._task = self._live.add_task(
+                config.name, total=config.end_step, completed=max(0, step), line=""
+            )
             self._live.start()
 
-    def step(self, step: int, metrics: dict[str, float], *, seconds: float, data_seconds: float) -> None:
+    def step(
+        self, step: int, metrics: dict[str, float], *, seconds: float, data_seconds: float
+    ) -> None:
         """`seconds` this step took from the last one's end to its own, of which `data_seconds` went into waiting for the batch."""
         if not self._is_main:
             return
-        self._seconds, self._data_seconds, self._steps = self._seconds + seconds, self._data_seconds + data_seconds, self._steps + 1
-        row = {"step": step, **metrics, "seconds": round(seconds, 4), "data_seconds": round(data_seconds, 4)}
+        self._seconds, self._data_seconds, self._steps = (
+            self._seconds + seconds,
+            self._data_seconds + data_seconds,
+            self._steps + 1,
+        )
+        row = {
+            "step": step,
+            **metrics,
+            "seconds": round(seconds, 4),
+            "data_seconds": round(data_seconds, 4),
+        }
         self._write(row)
         rate = self._steps * self._config.tokens_per_step / max(self._seconds, 1e-9)
         line = self._line(step, metrics, rate)
@@ -86,7 +119,10 @@ class Reporter:
         if step % self._config.log_every == 0 or step == self._config.end_step:
             log.info("%s step %d/%d  %s", self._config.name, step, self._config.end_step, line)
             if self._data_seconds > 0.1 * self._seconds:
-                log.warning("training waited for data %.0f %% of the time", 100 * self._data_seconds / self._seconds)
+                log.warning(
+                    "training waited for data %.0f %% of the time",
+                    100 * self._data_seconds / self._seconds,
+                )
             self._seconds = self._data_seconds = 0.0
             self._steps = 0
 
@@ -96,12 +132,20 @@ class Reporter:
             return
         if self._config.task == "dpo":
             self._write({"step": step, "validation": found})
-            text = "  ".join(f"{name}: loss {v['loss']:.4f}  accuracy {v['accuracy']:.3f}  margin {v['margin']:.3f}" for name, v in found.items())
+            text = "  ".join(
+                f"{name}: loss {v['loss']:.4f}  accuracy {v['accuracy']:.3f}  margin {v['margin']:.3f}"
+                for name, v in found.items()
+            )
         else:
             perplexity = {name: math.exp(min(v["loss"], 50)) for name, v in found.items()}
             self._write({"step": step, "validation_perplexity": perplexity})
             loss = "loss: " + "  ".join(f"{name} {v['loss']:.4f}" for name, v in found.items())
-            text = loss if self._config.task == "sft" else "perplexity: " + "  ".join(f"{name} {v:,.2f}" for name, v in perplexity.items())
+            text = (
+                loss
+                if self._config.task == "sft"
+                else "perplexity: "
+                + "  ".join(f"{name} {v:,.2f}" for name, v in perplexity.items())
+            )
         log.info("%s step %d  validation %s", self._config.name, step, text)
         plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
 
@@ -116,7 +160,9 @@ class Reporter:
 
     def _line(self, step: int, metrics: dict[str, float], rate: float) -> str:
         flops = rate * self._flops_per_token
-        speed = f"MFU {100 * flops / self._peak:.1f} %" if self._peak else f"{flops / 1e12:.3g} TFLOP/s"
+        speed = (
+            f"MFU {100 * flops / self._peak:.1f} %" if self._peak else f"{flops / 1e12:.3g} TFLOP/s"
+        )
         eta = (self._config.end_step - step) * self._config.tokens_per_step / rate
         if self._config.task == "dpo":
             of_task = f"accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:.3f}  kl {metrics['kl']:.4f}"
@@ -131,9 +177,19 @@ class Reporter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb:
-            flat = {f"validation_perplexity/{k}": v for k, v in row.get("validation_perplexity", {}).items()}
-            flat |= {f"validation/{name}/{k}": v for name, found in row.get("validation", {}).items() for k, v in found.items()}
-            self._wandb.log({k: v for k, v in row.items() if not isinstance(v, dict) and k != "step"} | flat, step=row["step"])
+            flat = {
+                f"validation_perplexity/{k}": v
+                for k, v in row.get("validation_perplexity", {}).items()
+            }
+            flat |= {
+                f"validation/{name}/{k}": v
+                for name, found in row.get("validation", {}).items()
+                for k, v in found.items()
+            }
+            self._wandb.log(
+                {k: v for k, v in row.items() if not isinstance(v, dict) and k != "step"} | flat,
+                step=row["step"],
+            )
 
 
 def duration(seconds: float) -> str:
@@ -169,7 +225,10 @@ def parse_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], dict[int, byte
 
 def validated_at(path: pathlib.Path, step: int) -> bool:
     """Whether the validation at a step is on record in a `metrics.jsonl`."""
-    return any(row["step"] == step and ("validation_perplexity" in row or "validation" in row) for row in read_rows(path))
+    return any(
+        row["step"] == step and ("validation_perplexity" in row or "validation" in row)
+        for row in read_rows(path)
+    )
 
 
 def open_trimmed(path: pathlib.Path, step: int):
@@ -179,7 +238,9 @@ def open_trimmed(path: pathlib.Path, step: int):
         aside = path.with_name(f"{path.name}.bad")
         with aside.open("ab") as file:
             file.write(b"".join(line + b"\n" for line in bad.values()))
-        log.warning("%s: damaged line(s) %s moved to %s", path, ", ".join(map(str, bad)), aside.name)
+        log.warning(
+            "%s: damaged line(s) %s moved to %s", path, ", ".join(map(str, bad)), aside.name
+        )
     with whole_file(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode())
     return path.open("a")
@@ -195,11 +256,15 @@ def start_wandb(config: ConfigDict, workdir: pathlib.Path):
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     with whole_file(id_file) as file:
         file.write(f"{run_id}\n".encode())
-    about = dict(project=config.wandb.project, name=config.name, config=config.to_dict(), dir=str(workdir))
+    about = dict(
+        project=config.wandb.project, name=config.name, config=config.to_dict(), dir=str(workdir)
+    )
     try:
         run = wandb.init(id=run_id, resume="allow", mode=config.wandb.mode, **about)
     except wandb.errors.Error as error:
-        raise BadInput(f"W&B does not start ({error}): log in with `wandb login`, or set wandb.mode=offline") from error
+        raise BadInput(
+            f"W&B does not start ({error}): log in with `wandb login`, or set wandb.mode=offline"
+        ) from error
     log.info("W&B run: %s", run.url or f"offline, in {run.dir}")
     return run
 
@@ -211,25 +276,43 @@ def plot_curves(metrics_files: Iterable[pathlib.Path], path: pathlib.Path) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (loss_axis, ppl_axis, lr_axis) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 3, 1.5), layout="constrained")
+    figure, (loss_axis, ppl_axis, lr_axis) = plt.subplots(
+        3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 3, 1.5), layout="constrained"
+    )
     curves: dict[str, list[tuple[int, float]]] = {}
     of_pairs = False
     for i, file in enumerate(metrics_files):
         rows = read_rows(file)
         steps = [row for row in rows if "loss" in row]
         x = [row["step"] for row in steps]
-        loss_axis.plot(x, [row["loss"] for row in steps], lw=0.8, color=f"C{i}", label=file.parent.name)
+        loss_axis.plot(
+            x, [row["loss"] for row in steps], lw=0.8, color=f"C{i}", label=file.parent.name
+        )
         lr_axis.plot(x, [row["lr"] for row in steps], lw=1.2, color=f"C{i}")
         for row in rows:
-            measured = row.get("validation_perplexity") or {name: found["accuracy"] for name, found in row.get("validation", {}).items()}
+            measured = row.get("validation_perplexity") or {
+                name: found["accuracy"] for name, found in row.get("validation", {}).items()
+            }
             for name, value in measured.items():
                 curves.setdefault(name, []).append((row["step"], value))
             of_pairs |= "validation" in row
     for i, (name, points) in enumerate(curves.items()):
         style = dict(color="black", ls="--") if name == "all" else dict(color=f"C{i}")
-        ppl_axis.plot(*zip(*points, strict=True), marker=".", lw=1, label="this stage's mix" if name == "all" else name, **style)
+        ppl_axis.plot(
+            *zip(*points, strict=True),
+            marker=".",
+            lw=1,
+            label="this stage's mix" if name == "all" else name,
+            **style,
+        )
     loss_axis.set(ylabel="training loss (nats/pair)" if of_pairs else "training loss (nats/token)")
-    ppl_axis.set(**(dict(ylabel="validation: share of pairs", ylim=(0, 1.02)) if of_pairs else dict(ylabel="validation perplexity", yscale="log")))
+    ppl_axis.set(
+        **(
+            dict(ylabel="validation: share of pairs", ylim=(0, 1.02))
+            if of_pairs
+            else dict(ylabel="validation perplexity", yscale="log")
+        )
+    )
     lr_axis.set(ylabel="learning rate", xlabel="step")
     for axis in (loss_axis, ppl_axis, lr_axis):
         axis.grid(alpha=0.3)

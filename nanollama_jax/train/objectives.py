@@ -7,7 +7,9 @@ from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.model.attention import merged_documents
 from nanollama_jax.train.losses import cross_entropy, preference_loss, token_logprobs
 
-Sums = dict[str, jax.Array]  # float32 scalars; those that are not in COUNTS are logged divided by `weight`
+Sums = dict[
+    str, jax.Array
+]  # float32 scalars; those that are not in COUNTS are logged divided by `weight`
 COUNTS = ("weight", "learnt_tokens", "merged_in_attention")
 
 
@@ -18,44 +20,87 @@ def means(sums: Sums) -> dict[str, jax.Array]:
 
 
 def next_token(
-    params, batch: dict[str, jax.Array], rope_theta: jax.Array, model: ModelConfig, z_loss: float, chunk_tokens: int
+    params,
+    batch: dict[str, jax.Array],
+    rope_theta: jax.Array,
+    model: ModelConfig,
+    z_loss: float,
+    chunk_tokens: int,
 ) -> tuple[jax.Array, Sums]:
     """The summed loss to differentiate, and the sums behind it: `loss` (cross-entropy), `z` and `weight`, the learnt tokens; and
     `merged_in_attention`, documents that attention could not keep apart. `batch` is as in data/pipeline.py."""
-    hidden_BTD = Llama(model).apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta)
+    hidden_BTD = Llama(model).apply(
+        {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta
+    )
     head_DV = params["head"]["kernel"]
-    total, ce, z, weight = cross_entropy(hidden_BTD, head_DV, batch["targets"], batch["loss_weights"], z_loss, chunk_tokens)
+    total, ce, z, weight = cross_entropy(
+        hidden_BTD, head_DV, batch["targets"], batch["loss_weights"], z_loss, chunk_tokens
+    )
     merged = merged_documents(batch["segment_ids"], model)
-    return total, {"loss": ce, "z": z, "weight": weight, "learnt_tokens": weight, "merged_in_attention": merged}
+    return total, {
+        "loss": ce,
+        "z": z,
+        "weight": weight,
+        "learnt_tokens": weight,
+        "merged_in_attention": merged,
+    }
 
 
 def preference(
-    params, batch: dict[str, jax.Array], rope_theta: jax.Array, model: ModelConfig, chunk_tokens: int,
-    beta: float, label_smoothing: float, length_normalised: bool,
-) -> tuple[jax.Array, Sums]:  # fmt: skip
+    params,
+    batch: dict[str, jax.Array],
+    rope_theta: jax.Array,
+    model: ModelConfig,
+    chunk_tokens: int,
+    beta: float,
+    label_smoothing: float,
+    length_normalised: bool,
+) -> tuple[jax.Array, Sums]:
     """DPO on packed pairs (data/rows.py), `weight` of them, with the reference's log-probabilities in the batch, `reference_logprobs` (B, M) float32.
 
     The loss's gradient is that of a cross-entropy in which each token of an answer weighs as much as the loss changes with the answer's
     log-probability: what is differentiated is that, and its value is of no use.
     """
-    hidden_BTD = Llama(model).apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta)
+    hidden_BTD = Llama(model).apply(
+        {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta
+    )
     head_DV, reference_BM = params["head"]["kernel"], batch["reference_logprobs"]
-    logprobs_BM, counts_BM = answer_logprobs(hidden_BTD, head_DV, batch, reference_BM.shape[1], chunk_tokens)
-    loss, d_logprobs_BM, sums = preference_loss(logprobs_BM, reference_BM, counts_BM, beta, label_smoothing, length_normalised)
+    logprobs_BM, counts_BM = answer_logprobs(
+        hidden_BTD, head_DV, batch, reference_BM.shape[1], chunk_tokens
+    )
+    loss, d_logprobs_BM, sums = preference_loss(
+        logprobs_BM, reference_BM, counts_BM, beta, label_smoothing, length_normalised
+    )
     of_token_BTM = batch["segment_ids"][:, :, None] == jnp.arange(1, reference_BM.shape[1] + 1)
-    token_weights_BT = -jnp.sum(of_token_BTM * d_logprobs_BM[:, None, :], axis=-1) * batch["loss_weights"]
-    total, *_ = cross_entropy(hidden_BTD, head_DV, batch["targets"], token_weights_BT, 0.0, chunk_tokens)
-    sums |= {"loss": loss, "learnt_tokens": jnp.sum(batch["loss_weights"]), "merged_in_attention": merged_documents(batch["segment_ids"], model)}
+    token_weights_BT = (
+        -jnp.sum(of_token_BTM * d_logprobs_BM[:, None, :], axis=-1) * batch["loss_weights"]
+    )
+    total, *_ = cross_entropy(
+        hidden_BTD, head_DV, batch["targets"], token_weights_BT, 0.0, chunk_tokens
+    )
+    sums |= {
+        "loss": loss,
+        "learnt_tokens": jnp.sum(batch["loss_weights"]),
+        "merged_in_attention": merged_documents(batch["segment_ids"], model),
+    }
     # What the reference gives an answer's token more than the policy: an estimate of KL(reference || policy) where answers are like the reference's
-    sums["kl"] = jnp.sum((reference_BM - logprobs_BM) * (counts_BM > 0) / jnp.maximum(counts_BM, 1.0)) / 2
+    sums["kl"] = (
+        jnp.sum((reference_BM - logprobs_BM) * (counts_BM > 0) / jnp.maximum(counts_BM, 1.0)) / 2
+    )
     return total, sums
 
 
-def answer_logprobs(hidden_BTD, head_DV, batch: dict[str, jax.Array], segments: int, chunk_tokens: int) -> tuple[jax.Array, jax.Array]:
+def answer_logprobs(
+    hidden_BTD, head_DV, batch: dict[str, jax.Array], segments: int, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
     """Of each segment: the summed log-probability of its learnt targets, and how many there are; (B, M) float32, without a gradient."""
-    logprobs_BT = token_logprobs(hidden_BTD, head_DV, batch["targets"], chunk_tokens) * batch["loss_weights"]
+    logprobs_BT = (
+        token_logprobs(hidden_BTD, head_DV, batch["targets"], chunk_tokens) * batch["loss_weights"]
+    )
     of_token_BTM = batch["segment_ids"][:, :, None] == jnp.arange(1, segments + 1)
-    return _pairwise_sum(logprobs_BT[:, :, None] * of_token_BTM), _pairwise_sum(batch["loss_weights"][:, :, None] * of_token_BTM)
+    return _pairwise_sum(logprobs_BT[:, :, None] * of_token_BTM), _pairwise_sum(
+        batch["loss_weights"][:, :, None] * of_token_BTM
+    )
 
 
 def _pairwise_sum(x_BTM):

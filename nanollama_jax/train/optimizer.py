@@ -9,12 +9,16 @@ import optax
 NOT_DECAYED = ("embedding", "scale")  # embedding table and norms; every other parameter is a matrix
 
 
-def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+def make_optimizer(
+    b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
     """Clip by global norm (0: not at all), Adam, decoupled weight decay of matrices (Loshchilov & Hutter, arXiv:1711.05101).
     Updates come out unscaled: the step multiplies them by minus the learning rate of the global step, which goes on
     counting when an update is skipped."""
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),  # both without a state
+        optax.clip_by_global_norm(clip_norm)
+        if clip_norm
+        else optax.identity(),  # both without a state
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
     )
@@ -22,10 +26,14 @@ def make_optimizer(b1: float, b2: float, eps: float, weight_decay: float, clip_n
 
 def decay_mask(params: Any) -> Any:
     """True where weight decay applies."""
-    return jax.tree.map_with_path(lambda path, _: not any(key.key in NOT_DECAYED for key in path), params)
+    return jax.tree.map_with_path(
+        lambda path, _: not any(key.key in NOT_DECAYED for key in path), params
+    )
 
 
-def wsd_schedule(step: jax.Array, peak: float, warmup_steps: int, decay_start: int, total_steps: int) -> jax.Array:
+def wsd_schedule(
+    step: jax.Array, peak: float, warmup_steps: int, decay_start: int, total_steps: int
+) -> jax.Array:
     """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): linear up over `warmup_steps`, `peak`, then linear from `decay_start` to 0 at
     `total_steps`. Neither the first step nor the last has rate 0, which would waste it."""
     step = jnp.asarray(step, jnp.float32)
@@ -34,9 +42,13 @@ def wsd_schedule(step: jax.Array, peak: float, warmup_steps: int, decay_start: i
     return peak * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
 
 
-def rope_theta_schedule(step: jax.Array, start_theta: float, end_theta: float, start_step: int, end_step: int, kind: str) -> jax.Array:
+def rope_theta_schedule(
+    step: jax.Array, start_theta: float, end_theta: float, start_step: int, end_step: int, kind: str
+) -> jax.Array:
     """RoPE theta in force after `step` updates. "ramp": log-linear over the stage, from `start_theta` to `end_theta`; "jump": `end_theta` at once."""
     if kind == "jump":
         return jnp.float32(end_theta)
-    done = jnp.clip((jnp.asarray(step, jnp.float32) - start_step) / (end_step - start_step), 0.0, 1.0)
+    done = jnp.clip(
+        (jnp.asarray(step, jnp.float32) - start_step) / (end_step - start_step), 0.0, 1.0
+    )
     return start_theta * jnp.float32(end_theta / start_theta) ** done

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from nanollama_jax.config import check
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.planning.memory import fastest_remat
 from nanollama_jax.sharding import mesh_shape
-from nanollama_jax.train.memory import fastest_remat
 
 MARGIN = 0.95  # of a device's memory is what a step may need by arithmetic, which is right to 5 %
 MAX_PARAMS = 10**11
@@ -31,7 +31,11 @@ def settle(config: ConfigDict) -> ModelConfig:
     if model["attention"] == "auto":
         capability = float(device.compute_capability) if device.platform == "gpu" else 0.0
         model["attention"] = fastest_attention(model, capability)
-    if c.task == "dpo" and model["attention"] == "cudnn_packed" and model["packed_documents"] < c.data.max_segments:
+    if (
+        c.task == "dpo"
+        and model["attention"] == "cudnn_packed"
+        and model["packed_documents"] < c.data.max_segments
+    ):
         raise BadInput(
             f"dpo: model.packed_documents={model['packed_documents']} and data.max_segments={c.data.max_segments}: attention would merge answers; "
             "make them equal"
@@ -69,36 +73,53 @@ def check_stage(config: ConfigDict, devices: int) -> tuple[int, int]:
             f"model.d_model={c.model.d_model} cannot be split over {fsdp} devices (mesh.fsdp): choose mesh.data and mesh.fsdp so that it can"
         )
     if c.start_step >= c.end_step:
-        raise BadInput(f"start_step={c.start_step} and end_step={c.end_step}: a stage must end after it starts")
+        raise BadInput(
+            f"start_step={c.start_step} and end_step={c.end_step}: a stage must end after it starts"
+        )
     schedule = c.schedule
-    if not schedule.warmup_steps <= schedule.decay_start <= schedule.total_steps or c.end_step > schedule.total_steps:
+    if (
+        not schedule.warmup_steps <= schedule.decay_start <= schedule.total_steps
+        or c.end_step > schedule.total_steps
+    ):
         raise BadInput(
             f"schedule: warmup_steps={schedule.warmup_steps} <= decay_start={schedule.decay_start} <= total_steps={schedule.total_steps} "
             f"and end_step={c.end_step} <= total_steps must hold"
         )
     if c.task != "pretrain" and not c.model.document_mask:
-        raise BadInput(f"{c.task}: with model.document_mask=False the conversations of a row would see each other: leave it on")
+        raise BadInput(
+            f"{c.task}: with model.document_mask=False the conversations of a row would see each other: leave it on"
+        )
     if c.task == "dpo" and c.data.max_segments % 2:
         raise BadInput(f"dpo: data.max_segments={c.data.max_segments} must be even: a pair has two")
     if c.task == "dpo" and (c.loss.z_loss or c.gates.perplexity):
-        raise BadInput("dpo has neither a z-loss nor a perplexity: set loss.z_loss=0.0 and gates.perplexity=()")
+        raise BadInput(
+            "dpo has neither a z-loss nor a perplexity: set loss.z_loss=0.0 and gates.perplexity=()"
+        )
     if not c.data.sources:
-        raise BadInput("data.sources is empty: name at least one prepared corpus and its share in the recipe")
+        raise BadInput(
+            "data.sources is empty: name at least one prepared corpus and its share in the recipe"
+        )
     return data, fsdp
 
 
 def check_size(model: ModelConfig) -> None:
     """Raises BadInput for sizes that are each allowed, and together beyond what this program is for."""
     if model.num_params > MAX_PARAMS:
-        raise BadInput(f"the model has {model.num_params:.3g} parameters, at most {MAX_PARAMS:.0e} are possible: lower model.d_model or another size")
+        raise BadInput(
+            f"the model has {model.num_params:.3g} parameters, at most {MAX_PARAMS:.0e} are possible: lower model.d_model or another size"
+        )
 
 
 def step_shape(config: ConfigDict, fsdp: int) -> dict[str, int]:
     """What `memory.step_memory` wants to know of a step."""
     return dict(
-        rows=config.batch_size, seq_len=config.seq_len, accumulation=config.accumulation, fsdp=fsdp, data=config.mesh.data,
+        rows=config.batch_size,
+        seq_len=config.seq_len,
+        accumulation=config.accumulation,
+        fsdp=fsdp,
+        data=config.mesh.data,
         chunk_tokens=config.loss.chunk_tokens,
-    )  # fmt: skip
+    )
 
 
 def fastest_attention(model: dict[str, Any], capability: float) -> str:

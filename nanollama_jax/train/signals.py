@@ -12,7 +12,15 @@ from nanollama_jax import process
 from nanollama_jax.train.metrics import log
 
 # SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2, SIGXCPU: batch systems announce a time limit (Slurm's --signal, LSF, Grid Engine).
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 @contextlib.contextmanager
@@ -29,7 +37,9 @@ def stop_signals() -> Iterator[Callable[[bool], bool]]:
         if received and number == signal.SIGINT:
             process.exit_interrupted()
         if not received and jax.process_index() == 0:
-            process.say(f"received {signal.Signals(number).name}: saving and stopping; Ctrl-C ends it without saving")
+            process.say(
+                f"received {signal.Signals(number).name}: saving and stopping; Ctrl-C ends it without saving"
+            )
         received = signal.Signals(number)
 
     def stop_requested(ask_others: bool) -> bool:
@@ -39,10 +49,16 @@ def stop_signals() -> Iterator[Callable[[bool], bool]]:
             logged = True
         if jax.process_count() == 1:
             return received is not None
-        return ask_others and bool(np.any(multihost_utils.process_allgather(np.array(received is not None))))
+        return ask_others and bool(
+            np.any(multihost_utils.process_allgather(np.array(received is not None)))
+        )
 
     # nohup ignores SIGHUP: the run is meant to outlive its terminal
-    numbers = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    numbers = [
+        number
+        for number in STOPPING
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield stop_requested

@@ -33,20 +33,28 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> tuple[Callable[[], TrainState], Any, Any]:
+def init_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> tuple[Callable[[], TrainState], Any, Any]:
     """`(make, shapes, shardings)`: nothing is allocated until `make()` is called, and then each device makes only its own part.
 
     `shapes` is a TrainState of ShapeDtypeStructs, `shardings` one of NamedShardings.
     """
     dummy = np.zeros((1, 8), np.int32)  # numpy's: no device need be there (tools/plan.py)
-    model = dataclasses.replace(model, attention="xla")  # parameters are the same, and this one takes a single short row
+    model = dataclasses.replace(
+        model, attention="xla"
+    )  # parameters are the same, and this one takes a single short row
 
     def boxed_params():
-        return Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, np.float32(10_000))["params"]
+        return Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, np.float32(10_000))[
+            "params"
+        ]
 
     def make() -> TrainState:
         params = nn.meta.unbox(boxed_params())
-        return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+        return TrainState(
+            step=jnp.int32(0), skipped=jnp.int32(0), params=params, opt_state=optimizer.init(params)
+        )
 
     shapes = jax.eval_shape(make)
     of_params = sharding.param_shardings(jax.eval_shape(boxed_params), mesh)
@@ -85,7 +93,13 @@ def train_step(
         microbatches = sharding.split_microbatches(batch, accumulation)
         shapes = jax.eval_shape(sums_and_grads, jax.tree.map(lambda x: x[0], microbatches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        add = lambda carry, microbatch: (jax.tree.map(jnp.add, carry, sums_and_grads(microbatch)), None)  # noqa: E731
+
+        def add(carry, microbatch):
+            return (
+                jax.tree.map(jnp.add, carry, sums_and_grads(microbatch)),
+                None,
+            )
+
         (sums, grads), _ = jax.lax.scan(add, zeros, microbatches)
 
     weight = jnp.maximum(sums["weight"], 1.0)
@@ -96,10 +110,18 @@ def train_step(
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
 
     # The moments of before, not the updated ones, which would have to be computed twice or kept beside the old: 8 bytes a parameter read
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(means["loss"]) & jnp.isfinite(optax.tree.sum(state.opt_state))
-    params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state))
+    finite = (
+        jnp.isfinite(grad_norm)
+        & jnp.isfinite(means["loss"])
+        & jnp.isfinite(optax.tree.sum(state.opt_state))
+    )
+    params, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    )
     skipped = jnp.where(finite, 0, 1)
-    new_state = TrainState(step=state.step + 1, skipped=state.skipped + skipped, params=params, opt_state=opt_state)
+    new_state = TrainState(
+        step=state.step + 1, skipped=state.skipped + skipped, params=params, opt_state=opt_state
+    )
     metrics = means | {
         "grad_norm": grad_norm,
         "lr": lr,
@@ -118,7 +140,9 @@ def cast_matrices(params: Any, dtype: str) -> Any:
     return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
 
 
-def validation_step(params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, objective: Objective) -> objectives.Sums:
+def validation_step(
+    params: Any, batch: dict[str, jax.Array], rope_theta: jax.Array, *, objective: Objective
+) -> objectives.Sums:
     """The objective's sums over one batch."""
     return objective(params, batch, rope_theta)[1]
 
@@ -137,36 +161,72 @@ class Program(NamedTuple):
 
 def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
     """The stage that `config` describes, for a model that `settle` gave."""
-    adamw = optimizer.make_optimizer(**{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")})
+    adamw = optimizer.make_optimizer(
+        **{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
+    )
     rope_theta = functools.partial(
-        optimizer.rope_theta_schedule, start_theta=config.rope.start_theta, end_theta=config.rope.end_theta,
-        start_step=config.start_step, end_step=config.end_step, kind=config.rope.schedule,
-    )  # fmt: skip
+        optimizer.rope_theta_schedule,
+        start_theta=config.rope.start_theta,
+        end_theta=config.rope.end_theta,
+        start_step=config.start_step,
+        end_step=config.end_step,
+        kind=config.rope.schedule,
+    )
     if config.task == "dpo":
-        objective = functools.partial(objectives.preference, model=model, chunk_tokens=config.loss.chunk_tokens, **config.preference)
+        objective = functools.partial(
+            objectives.preference,
+            model=model,
+            chunk_tokens=config.loss.chunk_tokens,
+            **config.preference,
+        )
     else:
-        objective = functools.partial(objectives.next_token, model=model, z_loss=config.loss.z_loss, chunk_tokens=config.loss.chunk_tokens)
+        objective = functools.partial(
+            objectives.next_token,
+            model=model,
+            z_loss=config.loss.z_loss,
+            chunk_tokens=config.loss.chunk_tokens,
+        )
     make_state, shapes, shardings = init_state(model, adamw, mesh, config.seed)
     update = functools.partial(
         train_step,
         objective=objective,
         optimizer=adamw,
-        learning_rate=functools.partial(optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule),
+        learning_rate=functools.partial(
+            optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule
+        ),
         rope_theta=rope_theta,
         accumulation=config.accumulation,
         compute_dtype=model.dtype,
     )
-    dtypes = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+    dtypes = {
+        "tokens": np.int32,
+        "targets": np.int32,
+        "loss_weights": np.float32,
+        "segment_ids": np.int32,
+        "positions": np.int32,
+    }
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    batch_shapes = {name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows) for name, dtype in dtypes.items()}
+    batch_shapes = {
+        name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows)
+        for name, dtype in dtypes.items()
+    }
     if config.task == "dpo":
-        batch_shapes["reference_logprobs"] = jax.ShapeDtypeStruct((config.batch_size, config.data.max_segments), np.float32, sharding=rows)
+        batch_shapes["reference_logprobs"] = jax.ShapeDtypeStruct(
+            (config.batch_size, config.data.max_segments), np.float32, sharding=rows
+        )
     return Program(
         make_state=make_state,
         state_shapes=shapes,
         state_shardings=shardings,
         batch_shapes=batch_shapes,
         rope_theta=rope_theta,
-        update=jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, whole)),
-        measure=jax.jit(functools.partial(validation_step, objective=objective), out_shardings=whole),
+        update=jax.jit(
+            update,
+            donate_argnums=0,
+            in_shardings=(shardings, None),
+            out_shardings=(shardings, whole),
+        ),
+        measure=jax.jit(
+            functools.partial(validation_step, objective=objective), out_shardings=whole
+        ),
     )

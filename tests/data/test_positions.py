@@ -5,22 +5,42 @@ import json
 import numpy as np
 import pytest
 
+from nanollama_jax.corpus.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.data import pipeline
-from nanollama_jax.data.prepare import prepare_source, train_tokenizer_for
 from nanollama_jax.tokenizer import Tokenizer
 
-STAGES = [({"a": 0.5, "b": 0.5}, 32, 300), ({"a": 0.9, "b": 0.1}, 64, 100), ({"b": 1.0}, 64, 40), ({"a": 0.2, "c": 0.8}, 128, 60)]
+STAGES = [
+    ({"a": 0.5, "b": 0.5}, 32, 300),
+    ({"a": 0.9, "b": 0.1}, 64, 100),
+    ({"b": 1.0}, 64, 40),
+    ({"a": 0.2, "c": 0.8}, 128, 60),
+]
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpora")
     for name in "abc":
-        texts = [" ".join(f"{name}{i}.{j} then more" for j in range(1 + i * 37 % 60)) for i in range(1500)]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    train_tokenizer_for([f"file://{root}/{name}.jsonl" for name in "abc"], root / "t.model", 290, 100_000)
+        texts = [
+            " ".join(f"{name}{i}.{j} then more" for j in range(1 + i * 37 % 60))
+            for i in range(1500)
+        ]
+        (root / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
+    train_tokenizer_for(
+        [f"file://{root}/{name}.jsonl" for name in "abc"], root / "t.model", 290, 100_000
+    )
     for name in "abc":
-        prepare_source(name, f"file://{root}/{name}.jsonl", "none", root / name, root / "t.model", validation_fraction=0.01, tasks=1)
+        prepare_source(
+            name,
+            f"file://{root}/{name}.jsonl",
+            "none",
+            root / name,
+            root / "t.model",
+            validation_fraction=0.01,
+            tasks=1,
+        )
     tokenizer = Tokenizer(root / "t.model")
     return {name: pipeline.open_source(root, name, tokenizer) for name in "abc"}, tokenizer
 
@@ -29,10 +49,20 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
     monkeypatch.setattr(pipeline, "SHUFFLE_ROWS", 8)
     sources, tokenizer = corpora
     streams = {name: stream_of(source, tokenizer) for name, source in sources.items()}
-    read_before, covered, rows_read = {}, {name: np.zeros(len(tokens), int) for name, (tokens, _) in streams.items()}, dict.fromkeys("abc", 0)
+    read_before, covered, rows_read = (
+        {},
+        {name: np.zeros(len(tokens), int) for name, (tokens, _) in streams.items()},
+        dict.fromkeys("abc", 0),
+    )
     for weights, seq_len, rows in STAGES:
-        batches = iter(pipeline.train_batches(sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0))
-        state, anew = pipeline.begin_at(batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0)  # as a checkpoint keeps it
+        batches = iter(
+            pipeline.train_batches(
+                sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0
+            )
+        )
+        state, anew = pipeline.begin_at(
+            batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0
+        )  # as a checkpoint keeps it
         assert not anew
         batches.set_state(state)
         for _ in range(rows):
@@ -57,7 +87,12 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
 def test_a_stage_of_few_rows_still_moves_on(corpora):
     sources, tokenizer = corpora
     read_before, tokens, weights = {}, [], {"a": 0.5, "b": 0.5}
-    for seq_len, rows in [(32, 320), (64, 90), (128, 40), (32, 200)]:  # none has a window of 512 rows
+    for seq_len, rows in [
+        (32, 320),
+        (64, 90),
+        (128, 40),
+        (32, 200),
+    ]:  # none has a window of 512 rows
         batches = iter(
             pipeline.train_batches(
                 sources,
@@ -91,7 +126,16 @@ def test_positions_in_another_order_are_not_used(corpora):
     sources, tokenizer = corpora
     windows = pipeline.shuffle_windows({"a": 1.0, "b": 1.0}, 64, 64)
     batches = iter(
-        pipeline.train_batches(sources, {"a": 1.0, "b": 1.0}, tokenizer, batch_size=8, seq_len=64, max_segments=64, seed=0, windows=windows)
+        pipeline.train_batches(
+            sources,
+            {"a": 1.0, "b": 1.0},
+            tokenizer,
+            batch_size=8,
+            seq_len=64,
+            max_segments=64,
+            seed=0,
+            windows=windows,
+        )
     )
     for _ in range(8):
         next(batches)
@@ -103,7 +147,10 @@ def test_positions_in_another_order_are_not_used(corpora):
     assert pipeline.begin_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
 
 
-@pytest.mark.parametrize(("rows", "window"), [(None, 512), (10**6, 512), (4096, 512), (4095, 511), (960, 479), (320, 318), (2, 1), (0, 1)])
+@pytest.mark.parametrize(
+    ("rows", "window"),
+    [(None, 512), (10**6, 512), (4096, 512), (4095, 511), (960, 479), (320, 318), (2, 1), (0, 1)],
+)
 def test_shuffle_windows(rows, window):
     assert pipeline.shuffle_window(4096, rows) == window
 
@@ -112,7 +159,11 @@ def test_another_source_or_weight_does_not_change_a_sources_order(corpora):
     sources, tokenizer = corpora
     seen = []
     for weights in ({"b": 1.0}, {"a": 0.7, "b": 0.3}, {"a": 1.0, "b": 2.0, "c": 1.0}):
-        batches = iter(pipeline.train_batches(sources, weights, tokenizer, batch_size=1, seq_len=64, max_segments=64, seed=0))
+        batches = iter(
+            pipeline.train_batches(
+                sources, weights, tokenizer, batch_size=1, seq_len=64, max_segments=64, seed=0
+            )
+        )
         rows = [next(batches)["tokens"][0] for _ in range(300)]
         seen.append([bytes(row) for row in rows if source_of(row, tokenizer) == "b"][:60])
         batches.close()
@@ -125,6 +176,10 @@ def source_of(tokens, tokenizer) -> str:
 
 def stream_of(source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The first epoch's documents end to end, and where each starts."""
-    documents = pipeline._documents(source, "train", tokenizer).seed(pipeline.own_seed(0, source.name)).shuffle()
+    documents = (
+        pipeline._documents(source, "train", tokenizer)
+        .seed(pipeline.own_seed(0, source.name))
+        .shuffle()
+    )
     arrays = [documents[i] for i in range(len(documents))]
     return np.concatenate(arrays), np.cumsum([0] + [len(array) for array in arrays])

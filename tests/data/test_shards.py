@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from nanollama_jax.data import finetuning, pipeline, prepare, rows, shards
-from nanollama_jax.data.executor import Executor
+from nanollama_jax.corpus import finetuning, prepare
+from nanollama_jax.corpus.executor import Executor
+from nanollama_jax.data import pipeline, rows, shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer, train
 
@@ -22,7 +23,9 @@ def made(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("made")
     (root / "text").mkdir()
     for half, texts in enumerate((TEXTS[:200], TEXTS[200:])):
-        (root / f"text/{half}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (root / f"text/{half}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     train(TEXTS, root / "t.model", vocab_size=300, max_bytes=10**9)
     again(root)
     return root
@@ -40,7 +43,14 @@ def root(made, tmp_path) -> pathlib.Path:
 
 def again(root, text=None, **changes) -> dict:
     settings = dict(validation_fraction=0.1, tasks=2, executor=Executor(workers=1)) | changes
-    return prepare.prepare_source("corpus", f"file://{text or root}/text/*.jsonl", "CC0", root / "corpus", root / "t.model", **settings)
+    return prepare.prepare_source(
+        "corpus",
+        f"file://{text or root}/text/*.jsonl",
+        "CC0",
+        root / "corpus",
+        root / "t.model",
+        **settings,
+    )
 
 
 def opened(root) -> pipeline.Source:
@@ -76,7 +86,10 @@ def test_swapped_shards_of_equal_size_are_not_trained_on(root, made):
     assert first.stat().st_size == second.stat().st_size
     for old, new in ((first, root / "x"), (second, first), (root / "x", second)):
         old.rename(new)
-    with pytest.raises(BadInput, match=rf"shard {first} is damaged or another one's, its checksum differs: restore it from a copy"):
+    with pytest.raises(
+        BadInput,
+        match=rf"shard {first} is damaged or another one's, its checksum differs: restore it from a copy",
+    ):
         opened(root)
     with pytest.raises(BadInput, match=rf"shard {first} is damaged or another one's"):
         again(root, made)
@@ -101,7 +114,16 @@ def flip(path, at: int, keep_times: bool = False) -> None:
 
 def read_an_epoch(source, tokenizer) -> None:
     batches = iter(
-        pipeline.train_batches({"corpus": source}, {"corpus": 1.0}, tokenizer, batch_size=8, seq_len=512, max_segments=64, seed=0, rows=100)
+        pipeline.train_batches(
+            {"corpus": source},
+            {"corpus": 1.0},
+            tokenizer,
+            batch_size=8,
+            seq_len=512,
+            max_segments=64,
+            seed=0,
+            rows=100,
+        )
     )
     for _ in range(10):
         next(batches)
@@ -112,7 +134,9 @@ def test_damage_that_comes_later_is_one_line_that_names_the_shard(root, monkeypa
     shard = train_shards(root)[1]
     flip(shard, 2000)
     monkeypatch.setattr(pipeline, "verify_shards", lambda *_: None)
-    with pytest.raises(BadInput, match=rf"shard {shard} cannot be read \(.*hash mismatch.*checkpoints are intact") as error:
+    with pytest.raises(
+        BadInput, match=rf"shard {shard} cannot be read \(.*hash mismatch.*checkpoints are intact"
+    ) as error:
         read_an_epoch(opened(root), Tokenizer(root / "t.model"))
     assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match=rf"shard {shard} cannot be read"):
@@ -121,9 +145,14 @@ def test_damage_that_comes_later_is_one_line_that_names_the_shard(root, monkeypa
 
 def test_a_folder_that_cannot_be_written_is_verified_at_each_start(root, monkeypatch, capsys):
     (root / "corpus" / shards.VERIFIED).unlink()
-    monkeypatch.setattr(shards, "write_json", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(
+        shards, "write_json", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
     opened(root)
-    assert "verified.json cannot be written (Read-only file system): the next start compares" in capsys.readouterr().out
+    assert (
+        "verified.json cannot be written (Read-only file system): the next start compares"
+        in capsys.readouterr().out
+    )
 
 
 def change(manifest, path, value):
@@ -157,7 +186,9 @@ def change(manifest, path, value):
         lambda m: change(m, ["splits", "train", "shards", 0], "train-00000-000.array_record"),
         lambda m: change(m, ["splits", "train", "shards", 0, "size"], "x"),
         lambda m: change(m, ["splits", "train", "shards", 0, "sha256"], None),
-        lambda m: change(m, ["splits", "train", "shards", 0, "file"], "../corpus/train-00000-000.array_record"),
+        lambda m: change(
+            m, ["splits", "train", "shards", 0, "file"], "../corpus/train-00000-000.array_record"
+        ),
         lambda m: change(m, ["splits", "train", "tokens"], -1),
         lambda m: change(m, ["splits", "train", "documents"], 1.5),
         lambda m: change(m, ["dtype"], "float32"),
@@ -166,11 +197,14 @@ def change(manifest, path, value):
         lambda m: change(m, ["vocab_size"], "many"),
         lambda m: change(m, ["tokenizer_sha256"], 3),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_manifest_is_one_line(root, made, damage):
     path = root / "corpus/manifest.json"
     path.write_bytes(damage(json.loads(path.read_text())))
-    with pytest.raises(BadInput, match=rf"{path} is damaged \(.*: restore it from a copy, or remove .*corpus and prepare it again") as error:
+    with pytest.raises(
+        BadInput,
+        match=rf"{path} is damaged \(.*: restore it from a copy, or remove .*corpus and prepare it again",
+    ) as error:
         opened(root)
     assert "\n" not in str(error.value)
     with pytest.raises(BadInput, match="is damaged"):
@@ -181,13 +215,18 @@ def test_a_dtype_that_only_the_tokenizer_contradicts(root):
     path = root / "corpus/manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"dtype": "uint32", "vocab_size": 100_000}))
-    with pytest.raises(BadInput, match=r"has dtype=uint32 where documents are stored in uint16: restore it"):
+    with pytest.raises(
+        BadInput, match=r"has dtype=uint32 where documents are stored in uint16: restore it"
+    ):
         opened(root)
 
 
 def test_a_corpus_whose_text_is_gone_is_used_and_one_that_moved_is_told(root, made, capsys):
     url = f"file://{made}/text/*.jsonl"
-    with pytest.raises(BadInput, match=rf"prepared with url='file://{made}/text/.*: set it back to use what is there, or choose another data.dir"):
+    with pytest.raises(
+        BadInput,
+        match=rf"prepared with url='file://{made}/text/.*: set it back to use what is there, or choose another data.dir",
+    ):
         again(root)
     shutil.move(made / "text", made / "moved")
     try:
@@ -213,21 +252,38 @@ def test_a_corpus_whose_text_is_gone_is_used_and_one_that_moved_is_told(root, ma
 
 def test_conversations_whose_text_is_gone_are_used_and_damage_is_found(root, capsys):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": turns, "i": i}) + "\n" for i in range(4)))
+    (root / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": turns, "i": i}) + "\n" for i in range(4))
+    )
     (root / "chat.model").write_bytes(Tokenizer(root / "t.model").extended())
-    settings = dict(licence="none", kind="conversations", bad_rows="stop", max_tokens=64, validation_fraction=0.0)
+    settings = dict(
+        licence="none",
+        kind="conversations",
+        bad_rows="stop",
+        max_tokens=64,
+        validation_fraction=0.0,
+    )
 
     def run():
         return finetuning.prepare(
-            "chats", f"file://{root}/chats.jsonl", **settings, out_dir=root / "chats", tokenizer=Tokenizer(root / "chat.model")
-        )  # fmt: skip
+            "chats",
+            f"file://{root}/chats.jsonl",
+            **settings,
+            out_dir=root / "chats",
+            tokenizer=Tokenizer(root / "chat.model"),
+        )
 
     manifest = run()
     (root / "chats.jsonl").unlink()
     assert run() == manifest and "has no files any more" in capsys.readouterr().out
     (shard,) = shards.split_shards(root / "chats", manifest, "train")
     flip(shard, 100)
-    for use in (run, lambda: pipeline.open_source(root, "chats", Tokenizer(root / "chat.model"), "conversations")):
+    for use in (
+        run,
+        lambda: pipeline.open_source(
+            root, "chats", Tokenizer(root / "chat.model"), "conversations"
+        ),
+    ):
         with pytest.raises(BadInput, match=rf"shard {shard} is damaged"):
             use()
     assert np.array_equal(manifest["splits"]["train"]["documents"], 4)

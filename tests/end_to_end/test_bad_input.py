@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data.prepare import train_tokenizer_for
+from nanollama_jax.corpus.prepare import train_tokenizer_for
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import SOURCES
 
@@ -43,16 +43,39 @@ def test_a_mistake_on_the_command_line(lab, tmp_path, flag, says):
 
 def test_a_recipe_that_does_not_load_and_help():
     for command in ("main.py", "tools/prepare_data.py"):
-        for flags in (["--config", "configs/phase1.py:7b"], ["--config", "configs/absent.py"], ["--config=configs/phase1.py", "--config.nope=1"], []):
-            result = subprocess.run([sys.executable, command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
-            assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    result = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0 and "python main.py --config configs/curriculum.py:nano" in result.stdout and "--workdir" in result.stdout
+        for flags in (
+            ["--config", "configs/phase1.py:7b"],
+            ["--config", "configs/absent.py"],
+            ["--config=configs/phase1.py", "--config.nope=1"],
+            [],
+        ):
+            result = subprocess.run(
+                [sys.executable, command, *flags],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (
+                result.returncode == 2
+                and result.stderr.startswith("error: ")
+                and result.stderr.count("\n") == 1
+            ), result.stderr
+    result = subprocess.run(
+        [sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (
+        result.returncode == 0
+        and "python main.py --config configs/curriculum.py:nano" in result.stdout
+        and "--workdir" in result.stdout
+    )
 
 
 def test_two_devices_cannot_split_an_odd_batch(lab, tmp_path):
     flags = ["--config.batch_size=1", "--config.tokens_per_step=32"]
-    assert "cannot be split over 2 device(s)" in lab.run("phase1", tmp_path, *flags, devices=2, expect=2)
+    assert "cannot be split over 2 device(s)" in lab.run(
+        "phase1", tmp_path, *flags, devices=2, expect=2
+    )
 
 
 def test_a_truncated_shard_is_named(lab, tmp_path):
@@ -60,13 +83,19 @@ def test_a_truncated_shard_is_named(lab, tmp_path):
         shutil.copytree(lab.root / name, tmp_path / name)
     shard = next((tmp_path / "docs").glob("train-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert shard.name in lab.run("phase1", tmp_path / "run", f"--config.data.dir={tmp_path}", expect=2)
+    assert shard.name in lab.run(
+        "phase1", tmp_path / "run", f"--config.data.dir={tmp_path}", expect=2
+    )
 
 
 def test_another_tokenizer_than_the_data_s(lab, tmp_path):
     other = tmp_path / "other.model"
-    train_tokenizer_for([f"file://{lab.root}/docs.jsonl", f"file://{lab.root}/code.jsonl"], other, 320, 10**6)
-    assert "another tokenizer" in lab.run("phase1", tmp_path / "run", f"--config.tokenizer.path={other}", expect=2)
+    train_tokenizer_for(
+        [f"file://{lab.root}/docs.jsonl", f"file://{lab.root}/code.jsonl"], other, 320, 10**6
+    )
+    assert "another tokenizer" in lab.run(
+        "phase1", tmp_path / "run", f"--config.tokenizer.path={other}", expect=2
+    )
 
 
 def test_text_that_is_no_text_and_a_source_without_any(lab, tmp_path):
@@ -82,7 +111,11 @@ def test_text_that_is_no_text_and_a_source_without_any(lab, tmp_path):
         said = lab.run("curriculum", tmp_path / "run", *flags, expect=2)
         assert says in said and (name == "empty" or f"{bad.name}:4" in said), said
     assert "absent" in lab.run(
-        "curriculum", tmp_path / "run", "--config.corpora.docs.url=file://absent/*.txt", f"--config.data.dir={tmp_path / 'd'}", expect=2
+        "curriculum",
+        tmp_path / "run",
+        "--config.corpora.docs.url=file://absent/*.txt",
+        f"--config.data.dir={tmp_path / 'd'}",
+        expect=2,
     )
 
 
@@ -103,7 +136,9 @@ def test_a_workdir_of_another_model_is_refused_and_kept(lab, phase1):
 @pytest.mark.parametrize("flag", ["seed=7", "data.max_segments=3", "data.sources.docs=2.0"])
 def test_other_batches_than_before_are_refused(lab, phase1, flag):
     before = (phase1 / "config.json").read_bytes()
-    assert flag.split("=")[0].removesuffix(".docs") in lab.run("phase1", phase1, f"--config.{flag}", expect=2)
+    assert flag.split("=")[0].removesuffix(".docs") in lab.run(
+        "phase1", phase1, f"--config.{flag}", expect=2
+    )
     assert (phase1 / "config.json").read_bytes() == before
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from nanollama_jax import curriculum
 from nanollama_jax.checkpoint import Checkpoints
-from nanollama_jax.data import finetuning
+from nanollama_jax.corpus import finetuning
 from nanollama_jax.errors import RunStopped
 from nanollama_jax.train import metrics
 from nanollama_jax.train.loop import train
@@ -23,7 +23,10 @@ KEEP = "--config.checkpoint.keep_last=2"
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(lab):
     """Each run compiles the same programs."""
-    settings = {"jax_compilation_cache_dir": str(lab.root / "jax_cache_in_process"), "jax_persistent_cache_min_compile_time_secs": 0}
+    settings = {
+        "jax_compilation_cache_dir": str(lab.root / "jax_cache_in_process"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -60,8 +63,17 @@ def poison(patch, value, of="params"):
 
     def restored(self, *arguments):
         state, data = restore(self, *arguments)
-        where = lambda path, x: f"{of}" in jax.tree_util.keystr(path) and "head" in jax.tree_util.keystr(path) and x.ndim == 2  # noqa: E731
-        return jax.tree.map_with_path(lambda path, x: x.at[:, 0].set(value) if where(path, x) else x, state), data
+
+        def where(path, x):
+            return (
+                f"{of}" in jax.tree_util.keystr(path)
+                and "head" in jax.tree_util.keystr(path)
+                and x.ndim == 2
+            )
+
+        return jax.tree.map_with_path(
+            lambda path, x: x.at[:, 0].set(value) if where(path, x) else x, state
+        ), data
 
     patch.setattr(Checkpoints, "restore", restored)
 
@@ -76,14 +88,21 @@ def stopped(call):
     return str(error.value)
 
 
-@pytest.mark.parametrize(("value", "of"), [(math.nan, "params"), (1e38, "params"), (math.nan, "mu"), (math.inf, "nu")])
+@pytest.mark.parametrize(
+    ("value", "of"), [(math.nan, "params"), (1e38, "params"), (math.nan, "mu"), (math.inf, "nu")]
+)
 def test_a_damaged_checkpoint_is_not_resumed_from(lab, at_18, tmp_path, monkeypatch, value, of):
     shutil.copytree(at_18, tmp_path / "phase1")
     before = saved(tmp_path / "phase1")
     poison(monkeypatch, value, of)
     for _ in range(2):
         said = stopped(lambda: train(lab.config("phase1", KEEP), tmp_path / "phase1"))
-        assert "not finite" in said and "step_18" in said and "training resumes from step 12" in said and "peak_lr" not in said
+        assert (
+            "not finite" in said
+            and "step_18" in said
+            and "training resumes from step 12" in said
+            and "peak_lr" not in said
+        )
     assert saved(tmp_path / "phase1") == before
 
 
@@ -91,8 +110,15 @@ def test_a_run_that_diverges_saves_nothing_and_stops_each_time(lab, at_18, tmp_p
     extra = "--config.optimizer.peak_lr=1.0"
     shutil.copytree(at_18, tmp_path / "phase1")
     before = saved(tmp_path / "phase1")
-    said = [stopped(lambda: train(lab.config("phase1", KEEP, extra), tmp_path / "phase1")) for _ in range(2)]
-    assert said[0] == said[1] and "The last good checkpoint is" in said[0] and "step_18: lower optimizer.peak_lr (now 1)" in said[0]
+    said = [
+        stopped(lambda: train(lab.config("phase1", KEEP, extra), tmp_path / "phase1"))
+        for _ in range(2)
+    ]
+    assert (
+        said[0] == said[1]
+        and "The last good checkpoint is" in said[0]
+        and "step_18: lower optimizer.peak_lr (now 1)" in said[0]
+    )
     assert saved(tmp_path / "phase1") == before
     # a curriculum does not walk on
     config = lab.config("curriculum", KEEP, extra)
@@ -116,7 +142,14 @@ def test_a_signal_during_validation_takes_effect_at_once(lab, tmp_path, monkeypa
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 3)
         assert not train(lab.config("phase1", *short), tmp_path).finished
-    validated = lambda: [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl") if "validation_perplexity" in row]  # noqa: E731
+
+    def validated():
+        return [
+            row["step"]
+            for row in metrics.read_rows(tmp_path / "metrics.jsonl")
+            if "validation_perplexity" in row
+        ]
+
     assert validated() == [0] and [path.name for path in saved(tmp_path)] == ["step_3"]
     for _ in range(2):
         assert train(lab.config("phase1", *short), tmp_path).finished
@@ -126,7 +159,13 @@ def test_a_signal_during_validation_takes_effect_at_once(lab, tmp_path, monkeypa
 def test_fine_tuning_killed_before_its_first_checkpoint_starts_again(lab, at_18, tmp_path, capfd):
     """Step 0's validation was twice on record, and the log called the base model's step 18 step 0."""
     theta = ("--config.rope.start_theta=10000.0", "--config.rope.end_theta=10000.0")
-    config = lab.config("sft", *theta, f"--config.init_from={at_18}", "--config.end_step=1", "--config.samples.every=0")
+    config = lab.config(
+        "sft",
+        *theta,
+        f"--config.init_from={at_18}",
+        "--config.end_step=1",
+        "--config.samples.every=0",
+    )
     finetuning.prepare_stage(config)
 
     def kill(*_):
@@ -139,5 +178,7 @@ def test_fine_tuning_killed_before_its_first_checkpoint_starts_again(lab, at_18,
     before = metrics.read_rows(tmp_path / "metrics.jsonl")
     train(config, tmp_path)
     rows = metrics.read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [row["step"] for row in before] == [0, 1, 1] and rows[0] == before[0]
+    assert [row["step"] for row in rows] == [row["step"] for row in before] == [0, 1, 1] and rows[
+        0
+    ] == before[0]
     assert f"weights from step 18 of {at_18}" in capfd.readouterr().out

@@ -22,14 +22,21 @@ from tests.end_to_end.conftest import SOURCES, STAGES, TUNING, rows
 def saved_state(workdir):
     """All arrays of the latest checkpoint, as numpy, by path."""
     _, step = checkpoint.find(workdir)
-    restored = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / f"step_{step}" / "state")
-    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored)}
+    restored = ocp.StandardCheckpointer().restore(
+        workdir / "checkpoints" / f"step_{step}" / "state"
+    )
+    return step, {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(restored)
+    }
 
 
 def saved_positions(workdir):
     """The positions in its sources of the latest checkpoint."""
     _, step = checkpoint.find(workdir)
-    return json.loads((workdir / "checkpoints" / f"step_{step}" / "data" / "metadata").read_text())["positions"]
+    return json.loads((workdir / "checkpoints" / f"step_{step}" / "data" / "metadata").read_text())[
+        "positions"
+    ]
 
 
 def assert_bit_identical(workdir, other):
@@ -46,12 +53,17 @@ def validations(workdir):
 
 def wait_for_step(process, curriculum, step):
     while last_logged_step(curriculum) < step:
-        assert process.poll() is None, f"ended before step {step}\n" + "\n".join(process.communicate())
+        assert process.poll() is None, f"ended before step {step}\n" + "\n".join(
+            process.communicate()
+        )
         time.sleep(0.002)
 
 
 def last_logged_step(curriculum):
-    return max((row["step"] for name in STAGES for row in read_rows(curriculum / name / "metrics.jsonl")), default=0)
+    return max(
+        (row["step"] for name in STAGES for row in read_rows(curriculum / name / "metrics.jsonl")),
+        default=0,
+    )
 
 
 def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp_path):
@@ -79,36 +91,64 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     assert final["stages"]["phase3"]["perplexity"]["docs"] < 0.5 * final["first_validation"]["docs"]
     for path in (undisturbed / "curves.png", undisturbed / "phase1" / "curves.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-    read = {name: checkpoint.load(undisturbed / name).metadata["corpora"] for name in (*STAGES, *TUNING)}
-    assert read["phase1"] == read["phase2_16k"] == dict.fromkeys(("docs", "code", "reasoning"), "none")  # as prepared
+    read = {
+        name: checkpoint.load(undisturbed / name).metadata["corpora"] for name in (*STAGES, *TUNING)
+    }
+    assert (
+        read["phase1"] == read["phase2_16k"] == dict.fromkeys(("docs", "code", "reasoning"), "none")
+    )  # as prepared
     assert read["phase3"] == dict.fromkeys(SOURCES, "none")
-    assert read["sft"] == {"tools": "not stated", "math": "not stated"} and read["dpo"] == {"right_or_wrong": "not stated"}
+    assert read["sft"] == {"tools": "not stated", "math": "not stated"} and read["dpo"] == {
+        "right_or_wrong": "not stated"
+    }
     thetas = [row["rope_theta"] for name in STAGES for row in rows(undisturbed / name).values()]
     assert thetas[:41] == [1e4] * 41 and thetas == sorted(thetas) and thetas[60:] == [5e5] * 20
     learning_rates = [row["lr"] for name in STAGES for row in rows(undisturbed / name).values()]
-    assert len(learning_rates) == 80 and max(learning_rates) == learning_rates[5] == pytest.approx(2e-3) and learning_rates[-1] == pytest.approx(2e-4)
+    assert (
+        len(learning_rates) == 80
+        and max(learning_rates) == learning_rates[5] == pytest.approx(2e-3)
+        and learning_rates[-1] == pytest.approx(2e-4)
+    )
     about = checkpoint.read_metadata(undisturbed / "phase2_8k", 60)
-    assert (about["phase"], about["tokens_seen"], about["model"]["d_model"]) == ("phase2_8k", 60 * 256, 32)
-    assert about["rope_theta"] == pytest.approx(5e5) and len(about["tokenizer_sha256"]) == len(about["data_sha256"]) == 64
+    assert (about["phase"], about["tokens_seen"], about["model"]["d_model"]) == (
+        "phase2_8k",
+        60 * 256,
+        32,
+    )
+    assert (
+        about["rope_theta"] == pytest.approx(5e5)
+        and len(about["tokenizer_sha256"]) == len(about["data_sha256"]) == 64
+    )
     assert about["config"]["seq_len"] == 64
     step, state = saved_state(undisturbed / "phase3")
     # Each stage goes on in its sources where the last one with them stopped, and remembers those that it does not read.
     positions = {name: saved_positions(undisturbed / name) for name in STAGES}
-    assert positions["phase1"].keys() == {"docs", "code", "reasoning"} and positions["phase3"].keys() == set(SOURCES)
+    assert positions["phase1"].keys() == {"docs", "code", "reasoning"} and positions[
+        "phase3"
+    ].keys() == set(SOURCES)
     for before, name in itertools.pairwise(STAGES):
         for source in positions[before]:
             there, here = (positions[stage][source]["at"] for stage in (before, name))
-            if source in checkpoint.read_metadata(undisturbed / name, STAGES[name][1])["config"]["data"]["sources"]:
+            if (
+                source
+                in checkpoint.read_metadata(undisturbed / name, STAGES[name][1])["config"]["data"][
+                    "sources"
+                ]
+            ):
                 assert here["parent"]["next_index"] > there["parent"]["next_index"], (name, source)
             else:
                 assert here == there
-    assert step == 80 and state["['step']"] == 80 and state["['opt_state'][1]['count']"] == 80  # the optimizer carries across phases
+    assert (
+        step == 80 and state["['step']"] == 80 and state["['opt_state'][1]['count']"] == 80
+    )  # the optimizer carries across phases
 
 
 def test_again_when_finished_says_so_and_changes_nothing(lab, undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     assert "Nothing left to do" in lab.run("curriculum", undisturbed)
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -119,8 +159,13 @@ def test_a_signal_saves_exits_0_and_the_same_command_goes_on(lab, undisturbed, t
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     stopped_at = last_logged_step(tmp_path)
-    assert checkpoint.find(tmp_path / "phase1")[1] == stopped_at < 40 and f"stopped by a signal at step {stopped_at}" in out
-    assert f"resumed from {tmp_path / 'phase1'} at step {stopped_at}" in lab.run("curriculum", tmp_path)
+    assert (
+        checkpoint.find(tmp_path / "phase1")[1] == stopped_at < 40
+        and f"stopped by a signal at step {stopped_at}" in out
+    )
+    assert f"resumed from {tmp_path / 'phase1'} at step {stopped_at}" in lab.run(
+        "curriculum", tmp_path
+    )
     assert_bit_identical(tmp_path / "phase3", undisturbed / "phase3")
 
 
@@ -130,7 +175,9 @@ def assert_close(workdir, other, name):
     assert ours.keys() == theirs.keys()
     for step in ours:
         assert ours[step]["batch_crc32"] == theirs[step]["batch_crc32"]
-        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5 if step <= 40 else 1e-3), step
+        assert ours[step]["loss"] == pytest.approx(
+            theirs[step]["loss"], rel=1e-5 if step <= 40 else 1e-3
+        ), step
 
 
 def test_goes_on_with_another_number_of_devices(lab, undisturbed, tmp_path):
@@ -188,7 +235,9 @@ def test_two_processes_train_what_one_does(lab, undisturbed, tmp_path):
 def test_a_stop_gate_holds_the_run_until_told_otherwise(lab, tmp_path):
     gate = "--config.gates.perplexity=((20, 1.0, 2.0),)"
     said = lab.run("phase1", tmp_path, gate, expect=3)
-    assert "gate at step 20" in said and "enforce=False" in said and checkpoint.find(tmp_path)[1] == 20
+    assert (
+        "gate at step 20" in said and "enforce=False" in said and checkpoint.find(tmp_path)[1] == 20
+    )
     assert "gate at step 20" in lab.run("phase1", tmp_path, gate, expect=3)
     said = lab.run("phase1", tmp_path, gate, "--config.gates.enforce=False")
     assert "resumed from" in said and "finished at step 40" in said
@@ -199,15 +248,23 @@ def test_a_missing_summary_is_written_again(lab, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     assert "validation perplexity of docs" in lab.run("curriculum", tmp_path / "run")
-    assert (tmp_path / "run" / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
+    assert (tmp_path / "run" / "summary.json").read_bytes() == (
+        undisturbed / "summary.json"
+    ).read_bytes()
 
 
 def test_old_checkpoints_go_and_every_kth_stays(lab, tmp_path):
-    lab.run("phase1", tmp_path, "--config.checkpoint.keep_last=2", "--config.checkpoint.keep_every=12")
-    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*")}
+    lab.run(
+        "phase1", tmp_path, "--config.checkpoint.keep_last=2", "--config.checkpoint.keep_every=12"
+    )
+    kept = {
+        int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*")
+    }
     assert kept == {12, 24, 36, 40}
 
 
 def test_wandb_offline_needs_no_account(lab, tmp_path):
-    assert "W&B run: offline" in lab.run("phase1", tmp_path, "--config.wandb.mode=offline", "--config.end_step=3")
+    assert "W&B run: offline" in lab.run(
+        "phase1", tmp_path, "--config.wandb.mode=offline", "--config.end_step=3"
+    )
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -17,7 +17,13 @@ from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
 from tests.export.test_hf import our_logits, with_vocabulary
 
-LIMITS = {"f32": 1e-9, "f16": 1e-5, "bf16": 1e-4, "q8_0": 5e-3, "q4_k_m": 5e-2}  # of the mean KL divergence, nats a token
+LIMITS = {
+    "f32": 1e-9,
+    "f16": 1e-5,
+    "bf16": 1e-4,
+    "q8_0": 5e-3,
+    "q4_k_m": 5e-2,
+}  # of the mean KL divergence, nats a token
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,9 @@ def files(loaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     for kind in gguf.TYPES:
         gguf.export(loaded, folder / f"{kind}.gguf", kind)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{kind}.gguf" for kind in gguf.TYPES), "nothing is left behind"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{kind}.gguf" for kind in gguf.TYPES
+    ), "nothing is left behind"
     return folder
 
 
@@ -49,16 +57,23 @@ def test_llama_cpp_gives_our_logits(loaded, files, kind):
 
 def test_llama_cpp_generates_our_text(trained, loaded, files):
     ours = Engine.from_checkpoint(trained)
-    prompts = [loaded.tokenizer.encode(text, bos=True) for text in ("def __init__(self", "class Path:", "import")]
+    prompts = [
+        loaded.tokenizer.encode(text, bos=True)
+        for text in ("def __init__(self", "class Path:", "import")
+    ]
     theirs = LlamaCpp(files / "f32.gguf", 128, sequences=3).greedy(prompts, 60)
-    assert theirs == [completion.tokens for completion in ours.generate(prompts, max_new_tokens=60, stop_ids=())]
+    assert theirs == [
+        completion.tokens for completion in ours.generate(prompts, max_new_tokens=60, stop_ids=())
+    ]
 
 
 @pytest.mark.parametrize("which", ["ours", "mistral"])
 def test_llama_cpp_gives_sentencepiece_ids(which, loaded, files, tmp_path, request):
     path, tokenizer = files / "f16.gguf", loaded.tokenizer
     if which == "mistral":
-        tokenizer = Tokenizer(request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model")
+        tokenizer = Tokenizer(
+            request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model"
+        )
         path = tmp_path / "mistral.gguf"
         gguf.export(with_vocabulary(loaded, tokenizer), path, "f16")
     theirs = LlamaCpp(path, 128)
@@ -76,8 +91,12 @@ def test_stories260k(shared_data, tmp_path):
     tokens = loaded.tokenizer.encode("Once upon a time, there was a dog. One day", bos=True)
     theirs = LlamaCpp(tmp_path / "f32.gguf", 512)
     assert Difference.of(our_logits(loaded, tokens), theirs.logits(tokens)).largest < 1e-4
-    engine = Engine(loaded.model, loaded.params, loaded.tokenizer, rope_theta=1e4, context_length=512)
-    assert theirs.greedy([tokens], 200) == [engine.generate([tokens], max_new_tokens=200, stop_ids=())[0].tokens]
+    engine = Engine(
+        loaded.model, loaded.params, loaded.tokenizer, rope_theta=1e4, context_length=512
+    )
+    assert theirs.greedy([tokens], 200) == [
+        engine.generate([tokens], max_new_tokens=200, stop_ids=())[0].tokens
+    ]
     with pytest.raises(BadInput, match="ffn_dim=172 is no multiple"):
         gguf.export(loaded, tmp_path / "q8.gguf", "q8_0")
 
@@ -89,12 +108,22 @@ def test_a_chat_vocabulary(loaded, tmp_path):
     assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
     assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.control_id("<|im_end|>")
     text = "<|im_start|>system\n<s>"
-    assert LlamaCpp(tmp_path / "chat.gguf", 64).tokenize(text) == tokenizer.encode(text), "what a user writes is text"
+    assert LlamaCpp(tmp_path / "chat.gguf", 64).tokenize(text) == tokenizer.encode(text), (
+        "what a user writes is text"
+    )
 
 
 def test_refusals(loaded, files, tmp_path):
-    narrow = checkpoint.Loaded(dataclasses.replace(loaded.model, d_model=192), loaded.params, loaded.tokenizer, loaded.metadata, loaded.path)
-    with pytest.raises(BadInput, match="q4_k_m packs 256 weights together and d_model=192 is no multiple"):
+    narrow = checkpoint.Loaded(
+        dataclasses.replace(loaded.model, d_model=192),
+        loaded.params,
+        loaded.tokenizer,
+        loaded.metadata,
+        loaded.path,
+    )
+    with pytest.raises(
+        BadInput, match="q4_k_m packs 256 weights together and d_model=192 is no multiple"
+    ):
         gguf.export(narrow, tmp_path / "x.gguf", "q4_k_m")
     before = (files / "f16.gguf").read_bytes()
     with pytest.raises(BadInput, match="exists"):
@@ -106,7 +135,7 @@ def test_refusals(loaded, files, tmp_path):
 
 def test_perplexity_by_llama_cpps_rule(trained, loaded, files):
     """The rule of llama-perplexity, spelt out over llama.cpp's own logits, against ours over our scores."""
-    context, text = 64, (ROOT / "nanollama_jax/checkpoint.py").read_text().removesuffix("\n")
+    context, text = 64, (ROOT / "nanollama_jax/checkpoint/store.py").read_text().removesuffix("\n")
     theirs = LlamaCpp(files / "f32.gguf", context)
     ids = [1, *theirs.tokenize(text)]
     nats = []
@@ -114,7 +143,19 @@ def test_perplexity_by_llama_cpps_rule(trained, loaded, files):
         chunk = [1, *ids[start + 1 : start + context]]
         logits_TV = theirs.logits(chunk).astype(np.float64)
         for position in range(context // 2, context - 1):
-            nats.append(np.logaddexp.reduce(logits_TV[position]) - logits_TV[position, chunk[position + 1]])
+            nats.append(
+                np.logaddexp.reduce(logits_TV[position]) - logits_TV[position, chunk[position + 1]]
+            )
     engine = Engine.from_checkpoint(trained)
-    ours = perplexity.measure(engine.score, loaded.tokenizer, [text], rule="llama.cpp", context=context, stride=None, max_tokens=10**6)
-    assert ours.tokens == len(nats) and ours.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
+    ours = perplexity.measure(
+        engine.score,
+        loaded.tokenizer,
+        [text],
+        rule="llama.cpp",
+        context=context,
+        stride=None,
+        max_tokens=10**6,
+    )
+    assert ours.tokens == len(nats) and ours.perplexity == pytest.approx(
+        np.exp(np.mean(nats)), rel=1e-4
+    )

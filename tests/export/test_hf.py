@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as spm
 
 from nanollama_jax import checkpoint
-from nanollama_jax.data import chat
-from nanollama_jax.data.conversations import Message
+from nanollama_jax.chat import chatml as chat
+from nanollama_jax.chat.conversations import Message
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf, hf, llama2c
 from nanollama_jax.export.compare import Transformers
@@ -48,9 +48,16 @@ def exported(loaded, tmp_path_factory):
 
 def our_logits(loaded: checkpoint.Loaded, tokens: list[int]) -> np.ndarray:
     T = len(tokens)
-    return np.asarray(llama.logits(loaded.model, loaded.params, jnp.array([tokens]), jnp.arange(T)[None], jnp.ones((1, T), int), loaded.rope_theta))[
-        0
-    ]
+    return np.asarray(
+        llama.logits(
+            loaded.model,
+            loaded.params,
+            jnp.array([tokens]),
+            jnp.arange(T)[None],
+            jnp.ones((1, T), int),
+            loaded.rope_theta,
+        )
+    )[0]
 
 
 def with_vocabulary(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
@@ -65,7 +72,9 @@ def with_vocabulary(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoi
 
 def test_transformers_gives_our_logits(loaded, exported):
     tokens = loaded.tokenizer.encode((ROOT / "main.py").read_text(), bos=True)[:128]
-    np.testing.assert_allclose(Transformers(exported).logits(tokens), our_logits(loaded, tokens), atol=1e-4)
+    np.testing.assert_allclose(
+        Transformers(exported).logits(tokens), our_logits(loaded, tokens), atol=1e-4
+    )
 
 
 def test_bfloat16_is_the_default_and_rounds_as_torch_does(loaded, exported, tmp_path):
@@ -79,10 +88,15 @@ def test_bfloat16_is_the_default_and_rounds_as_torch_does(loaded, exported, tmp_
 
 def test_what_the_configuration_says(loaded, exported):
     config = transformers.AutoConfig.from_pretrained(exported)
-    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (loaded.context_length, loaded.rope_theta)
+    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (
+        loaded.context_length,
+        loaded.rope_theta,
+    )
     generation = transformers.GenerationConfig.from_pretrained(exported)
     assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
-    assert str(ROOT) not in "".join((exported / name).read_text() for name in ("config.json", "README.md")), "an export names no paths"
+    assert str(ROOT) not in "".join(
+        (exported / name).read_text() for name in ("config.json", "README.md")
+    ), "an export names no paths"
     assert "| code | PSF-2.0 |" in (exported / "README.md").read_text()
 
 
@@ -92,26 +106,41 @@ def test_export_import_export_is_byte_identical(loaded, tmp_path, dtype):
     written = checkpoint.save_weights(hf.read(tmp_path / "first"), tmp_path / "run")
     hf.export(checkpoint.load(written), tmp_path / "second", dtype)
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "second").iterdir()) and "tokenizer.json" in names
+    assert (
+        names == sorted(path.name for path in (tmp_path / "second").iterdir())
+        and "tokenizer.json" in names
+    )
     for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+        assert (tmp_path / "first" / name).read_bytes() == (
+            tmp_path / "second" / name
+        ).read_bytes(), name
 
 
 def test_shards(loaded, exported, tmp_path):
     hf.export(loaded, tmp_path / "shards", "float32", shard_bytes=2_000_000)
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
-    assert all(path.stat().st_size < 2_100_000 for path in (tmp_path / "shards").glob("*.safetensors"))
-    one, many = (transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (exported, tmp_path / "shards"))
+    assert all(
+        path.stat().st_size < 2_100_000 for path in (tmp_path / "shards").glob("*.safetensors")
+    )
+    one, many = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (exported, tmp_path / "shards")
+    )
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
     again = hf.read(tmp_path / "shards")
-    np.testing.assert_array_equal(again.params["layers_1"]["attention"]["o"]["kernel"], loaded.params["layers_1"]["attention"]["o"]["kernel"])
+    np.testing.assert_array_equal(
+        again.params["layers_1"]["attention"]["o"]["kernel"],
+        loaded.params["layers_1"]["attention"]["o"]["kernel"],
+    )
 
 
 @pytest.mark.parametrize("which", ["ours", "mistral"])
 def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path, request):
     folder, tokenizer = exported, loaded.tokenizer
     if which == "mistral":
-        tokenizer = Tokenizer(request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model")
+        tokenizer = Tokenizer(
+            request.getfixturevalue("shared_data") / "tokenizer/mistral_v1_32000.model"
+        )
         folder = tmp_path / "mistral"
         hf.export(with_vocabulary(loaded, tokenizer), folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -119,7 +148,11 @@ def test_autotokenizer_gives_sentencepiece_ids(which, loaded, exported, tmp_path
     assert len(texts) >= 3000
     wrong = [text for text in texts if theirs(text).input_ids != tokenizer.encode(text, bos=True)]
     assert not wrong, f"{len(wrong)} of {len(texts)}: {wrong[:5]!r}"
-    undecoded = [text for text in texts if theirs.decode(tokenizer.encode(text)) != tokenizer.decode(tokenizer.encode(text))]
+    undecoded = [
+        text
+        for text in texts
+        if theirs.decode(tokenizer.encode(text)) != tokenizer.decode(tokenizer.encode(text))
+    ]
     assert not undecoded, f"{len(undecoded)} of {len(texts)}: {undecoded[:5]!r}"
 
 
@@ -128,8 +161,12 @@ def test_a_chat_vocabulary_brings_its_template(loaded, exported, tmp_path):
     tokenizer = Tokenizer("chat", loaded.tokenizer.extended())
     hf.export(with_vocabulary(loaded, tokenizer), tmp_path / "chat")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
-    asked = theirs.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}], add_generation_prompt=True)["input_ids"]
-    assert asked == chat.encode_prompt([Message("user", "What is 2 + 2?")], tokenizer)  # tests/data/test_chat.py has the rest
+    asked = theirs.apply_chat_template(
+        [{"role": "user", "content": "What is 2 + 2?"}], add_generation_prompt=True
+    )["input_ids"]
+    assert asked == chat.encode_prompt(
+        [Message("user", "What is 2 + 2?")], tokenizer
+    )  # tests/chat/test_chatml.py has the rest
     end = tokenizer.control_id("<|im_end|>")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [2, end]
 
@@ -141,8 +178,12 @@ def test_training_goes_on_from_an_import(exported, trained, tmp_path):
     config.update(dict(init_from=str(tmp_path / "imported"), end_step=2))
     config.model.scan_layers = True
     train(config, tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]["validation_perplexity"]["code"]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    before = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][
+        -1
+    ]["validation_perplexity"]["code"]
     assert rows[0]["validation_perplexity"]["code"] == pytest.approx(before, rel=1e-4)
     after = checkpoint.load(tmp_path / "run").metadata
     assert after["step"] == 2 and after["provenance"]["phase"] == "phase1"
@@ -172,11 +213,18 @@ def test_stories260k_from_llama2c(shared_data, tmp_path):
     ours, expected = hf_names(model, stack_layers(loaded.params, 5)), hf_names(model, params)
     assert all(np.array_equal(ours[name], expected[name]) for name in expected)
     checkpoint.save_weights(loaded, tmp_path / "run")
-    story = Engine.from_checkpoint(tmp_path / "run").generate(["Once upon a time"], max_new_tokens=60)[0].text
+    story = (
+        Engine.from_checkpoint(tmp_path / "run")
+        .generate(["Once upon a time"], max_new_tokens=60)[0]
+        .text
+    )
     assert story.startswith(", there was a little girl named Lily. She loved to play"), story
     hf.export(checkpoint.load(tmp_path / "run"), tmp_path / "hf", "float32")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert all(theirs(text).input_ids == loaded.tokenizer.encode(text, bos=True) for text in awkward_strings(1000))
+    assert all(
+        theirs(text).input_ids == loaded.tokenizer.encode(text, bos=True)
+        for text in awkward_strings(1000)
+    )
 
 
 # ---- Bad input
@@ -193,21 +241,36 @@ def broken(exported, folder, **changes):
     ("changes", "message"),
     [
         (dict(model_type="qwen2"), "of architecture 'qwen2'; only 'llama'"),
-        (dict(vocab_size=2000), "tokenizer.model has 1024 pieces and config.json says vocab_size=2000"),
+        (
+            dict(vocab_size=2000),
+            "tokenizer.model has 1024 pieces and config.json says vocab_size=2000",
+        ),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "scaled RoPE"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(num_hidden_layers=3), r"no tensor model.layers.2.input_layernorm.weight"),
-        (dict(num_hidden_layers=1), r"model.layers.1.input_layernorm.weight, which a Llama of its config.json has not \(9 such"),
-        (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000 must be a number from 1 to 1000"),
+        (
+            dict(num_hidden_layers=1),
+            r"model.layers.1.input_layernorm.weight, which a Llama of its config.json has not \(9 such",
+        ),
+        (
+            dict(num_hidden_layers=10**9),
+            "num_hidden_layers=1000000000 must be a number from 1 to 1000",
+        ),
         (dict(num_attention_heads="8"), "num_attention_heads='8' must be a number"),
         (dict(max_position_embeddings=-5), "max_position_embeddings=-5 must be"),
         (dict(rope_theta=float("nan")), "rope_theta=nan must be"),
         (dict(rms_norm_eps="x"), "rms_norm_eps='x' must be"),
-        (dict(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "yarn"}), "scaled RoPE"),
+        (
+            dict(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_type": "yarn"}),
+            "scaled RoPE",
+        ),
         (dict(rope_parameters={"full_attention": {"rope_type": "yarn"}}), "scaled RoPE"),
         (dict(rope_scaling="linear"), "scaled RoPE"),
-        (dict(intermediate_size=512), r"mlp.gate_proj.weight has shape \[768, 256\], and config.json asks for \[512, 256\]"),
+        (
+            dict(intermediate_size=512),
+            r"mlp.gate_proj.weight has shape \[768, 256\], and config.json asks for \[512, 256\]",
+        ),
     ],
 )
 def test_folders_that_are_refused(exported, tmp_path, changes, message):
@@ -244,18 +307,24 @@ def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
         with pytest.raises(BadInput, match=r"config.json|is no earlier export"):
             hf.export(loaded, tmp_path / name, overwrite=True)
     assert (tmp_path / "mine/precious").exists() and checkpoint.find(tmp_path / "run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "run"], "nothing is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "run"], (
+        "nothing is left behind"
+    )
 
 
 def test_overwriting_removes_nothing_but_an_export(trained, tmp_path):
     loaded = tiny(checkpoint.load(trained).tokenizer)
     hf.export(loaded, tmp_path / "out")
     run = checkpoint.save_weights(hf.read(tmp_path / "out"), tmp_path / "out/run")
-    with pytest.raises(BadInput, match="out holds run, which no export writes and --overwrite would remove"):
+    with pytest.raises(
+        BadInput, match="out holds run, which no export writes and --overwrite would remove"
+    ):
         hf.export(checkpoint.load(run), tmp_path / "out", overwrite=True)
     assert checkpoint.load(run)
     for odd in ("/", "."):
-        with pytest.raises(BadInput, match="cannot be written as an export" if odd == "/" else "exists"):
+        with pytest.raises(
+            BadInput, match="cannot be written as an export" if odd == "/" else "exists"
+        ):
             hf.export(loaded, odd)
     hf.export(loaded, tmp_path / "shards", shard_bytes=20_000)
     hf.export(loaded, tmp_path / "shards", overwrite=True)
@@ -283,10 +352,19 @@ def test_what_contradicts_itself_is_not_exported(loaded, tmp_path):
     one_layer = dataclasses.replace(loaded.model, num_layers=1)
     for changes, message in (
         (dict(model=one_layer), r"layers_1/.* of shape None, and its weights have \("),
-        (dict(model=dataclasses.replace(loaded.model, num_layers=3)), r"layers_2/.* and its weights have None"),
-        (dict(model=dataclasses.replace(loaded.model, num_kv_heads=1)), "attention/qkv/kernel of shape"),
+        (
+            dict(model=dataclasses.replace(loaded.model, num_layers=3)),
+            r"layers_2/.* and its weights have None",
+        ),
+        (
+            dict(model=dataclasses.replace(loaded.model, num_kv_heads=1)),
+            "attention/qkv/kernel of shape",
+        ),
         (dict(model=dataclasses.replace(loaded.model, d_model=128)), "embedding/kernel of shape"),
-        (dict(tokenizer=Tokenizer("chat", loaded.tokenizer.extended())), "the tokenizer has 1032 pieces and the model 1024"),
+        (
+            dict(tokenizer=Tokenizer("chat", loaded.tokenizer.extended())),
+            "the tokenizer has 1032 pieces and the model 1024",
+        ),
     ):
         with pytest.raises(BadInput, match=message):
             hf.export(dataclasses.replace(loaded, **changes), tmp_path / "out")
@@ -308,10 +386,14 @@ def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path):
             gguf.export(loaded, tmp_path / "out.gguf", "f16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
+        tmp_path / "out/model.safetensors"
+    ).read_bytes() == before
     hf.export(loaded, tmp_path / "out", "float32", overwrite=True)
     assert (tmp_path / "out/model.safetensors").stat().st_size > len(before)
-    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # as a kill between the two renames leaves it
+    (tmp_path / "out").rename(
+        tmp_path / ".out.replaced"
+    )  # as a kill between the two renames leaves it
     with pytest.raises(BadInput, match="exists"):
         hf.export(loaded, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the earlier export is back"
@@ -325,18 +407,29 @@ def test_weights_that_are_not_finite(loaded, exported, tmp_path):
         hf.export(diverged, tmp_path / "out")
     head = loaded.params["head"]["kernel"] * 1e6
     with pytest.raises(BadInput, match=r"output.weight has values that are not finite in float16"):
-        gguf.export(dataclasses.replace(loaded, params=loaded.params | {"head": {"kernel": head}}), tmp_path / "out.gguf", "f16")
+        gguf.export(
+            dataclasses.replace(loaded, params=loaded.params | {"head": {"kernel": head}}),
+            tmp_path / "out.gguf",
+            "f16",
+        )
     folder = broken(exported, tmp_path / "nan")
-    save_file(load_file(folder / "model.safetensors") | {"model.norm.weight": scale}, folder / "model.safetensors")
+    save_file(
+        load_file(folder / "model.safetensors") | {"model.norm.weight": scale},
+        folder / "model.safetensors",
+    )
     with pytest.raises(BadInput, match="model.norm.weight has values that are not finite"):
         hf.read(folder)
 
 
 def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
     folder = broken(exported, tmp_path / "more")
-    save_file({"tok_embeddings.weight": np.zeros((2, 2), np.float32)}, folder / "consolidated.safetensors")
+    save_file(
+        {"tok_embeddings.weight": np.zeros((2, 2), np.float32)}, folder / "consolidated.safetensors"
+    )
     save_file({"model.norm.weight": np.zeros(256, np.float32)}, folder / "zz-old.safetensors")
-    np.testing.assert_array_equal(hf.read(folder).params["final_norm"]["scale"], loaded.params["final_norm"]["scale"])
+    np.testing.assert_array_equal(
+        hf.read(folder).params["final_norm"]["scale"], loaded.params["final_norm"]["scale"]
+    )
     hf.export(loaded, tmp_path / "shards", shard_bytes=2_000_000)
     next((tmp_path / "shards").glob("model-00002*")).unlink()
     with pytest.raises(BadInput, match="model-00002-of-"):
@@ -346,11 +439,23 @@ def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
 def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_path):
     about = {"weights_only": True, "provenance": {"imported_from": "TinyLlama-1.1B"}}
     assert provenance(about) == {"imported_from": "TinyLlama-1.1B"}
-    trained_on = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text()) | {"provenance": about["provenance"]}
+    trained_on = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text()) | {
+        "provenance": about["provenance"]
+    }
     found = provenance(trained_on)
     assert found["started_from"] == about["provenance"] and restored_provenance(found) == found
-    assert "Started from the weights of TinyLlama-1.1B" in model_card(checkpoint.load(trained).model, trained_on, "float32")
-    for untrusted in ("x", [1], {"foo": 1}, {"step": 1}, {"imported_from": "a\n# evil"}, found | {"step": "x"}, found | {"corpora": {"a": "b\n"}}):
+    assert "Started from the weights of TinyLlama-1.1B" in model_card(
+        checkpoint.load(trained).model, trained_on, "float32"
+    )
+    for untrusted in (
+        "x",
+        [1],
+        {"foo": 1},
+        {"step": 1},
+        {"imported_from": "a\n# evil"},
+        found | {"step": "x"},
+        found | {"corpora": {"a": "b\n"}},
+    ):
         assert restored_provenance(untrusted) is None
     folder = broken(exported, tmp_path / "odd", nanollama="x")
     assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
@@ -363,8 +468,14 @@ def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(traine
     config["corpora"]["never_read"] = {"url": "builtin://docs", "licence": "secret"}
     metadata["corpora"] = {"code": "not stated", "books": "CC0"}  # books: of a phase before
     card = model_card(checkpoint.load(trained).model, metadata, "float32")
-    assert "| books | CC0 |\n| code | not stated |\n" in card and "never_read" not in card and "PSF" not in card
-    before = {key: value for key, value in metadata.items() if key != "corpora"}  # an older checkpoint
+    assert (
+        "| books | CC0 |\n| code | not stated |\n" in card
+        and "never_read" not in card
+        and "PSF" not in card
+    )
+    before = {
+        key: value for key, value in metadata.items() if key != "corpora"
+    }  # an older checkpoint
     assert provenance(before)["corpora"] == {"code": "PSF-2.0"}
 
 
@@ -372,7 +483,9 @@ def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):
     proto = spm.ModelProto.FromString(loaded.tokenizer.model_bytes)
     proto.normalizer_spec.remove_extra_whitespaces = True
     with pytest.raises(BadInput, match="removes extra whitespace"):
-        hf.export(with_vocabulary(loaded, Tokenizer("x", proto.SerializeToString())), tmp_path / "out")
+        hf.export(
+            with_vocabulary(loaded, Tokenizer("x", proto.SerializeToString())), tmp_path / "out"
+        )
     assert not list(tmp_path.iterdir())
 
 

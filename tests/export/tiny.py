@@ -23,6 +23,8 @@ def tiny(tokenizer: Tokenizer, **metadata: object) -> checkpoint.Loaded:
         scan_layers=False,
     )
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(model))
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(model)
+    )
     about = checkpoint.weights_metadata(model, tokenizer, 10_000.0, 128, {"imported_from": "tiny"})
     return checkpoint.Loaded(model, params, tokenizer, about | metadata, "tiny")

@@ -4,4 +4,7 @@ import os
 
 import pytest
 
-needs_gpu = pytest.mark.skipif(os.environ.get("NANOLLAMA_TEST_GPU") != "1", reason="needs an NVIDIA GPU: set NANOLLAMA_TEST_GPU=1")
+needs_gpu = pytest.mark.skipif(
+    os.environ.get("NANOLLAMA_TEST_GPU") != "1",
+    reason="needs an NVIDIA GPU: set NANOLLAMA_TEST_GPU=1",
+)

@@ -6,7 +6,8 @@ import pytest
 
 from configs import phase1
 from nanollama_jax import sharding
-from nanollama_jax.data import pipeline, prepare
+from nanollama_jax.corpus import prepare
+from nanollama_jax.data import pipeline
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import step as steps
 from nanollama_jax.train.settle import settle
@@ -22,10 +23,29 @@ def batches(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     path = root / "tokenizer.model"
     prepare.train_tokenizer_for(["builtin://docs"], path, 4096, 8_000_000)
-    prepare.prepare_source("docs", "builtin://docs", "", root / "docs", path, validation_fraction=0.02, tasks=2, benchmarks={})
+    prepare.prepare_source(
+        "docs",
+        "builtin://docs",
+        "",
+        root / "docs",
+        path,
+        validation_fraction=0.02,
+        tasks=2,
+        benchmarks={},
+    )
     tokenizer = Tokenizer(path)
     sources = {"docs": pipeline.open_source(root, "docs", tokenizer)}
-    data = iter(pipeline.train_batches(sources, {"docs": 1.0}, tokenizer, batch_size=ROWS, seq_len=SEQ_LEN, max_segments=64, seed=0))
+    data = iter(
+        pipeline.train_batches(
+            sources,
+            {"docs": 1.0},
+            tokenizer,
+            batch_size=ROWS,
+            seq_len=SEQ_LEN,
+            max_segments=64,
+            seed=0,
+        )
+    )
     found = [next(data) for _ in range(STEPS)]
     data.close()
     return found
@@ -34,7 +54,9 @@ def batches(tmp_path_factory):
 def losses(batches, **model):
     config = phase1.get_config(SCALE)
     with config.unlocked():
-        config.update(dict(seq_len=SEQ_LEN, batch_size=ROWS, tokens_per_step=ROWS * SEQ_LEN, accumulation=1))
+        config.update(
+            dict(seq_len=SEQ_LEN, batch_size=ROWS, tokens_per_step=ROWS * SEQ_LEN, accumulation=1)
+        )
         config.schedule.warmup_steps = 50
         config.model.update(dict(remat="qkv", packed_documents=64) | model)
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
@@ -44,7 +66,10 @@ def losses(batches, **model):
         for batch in batches:
             state, metrics = program.update(state, sharding.put_batch(batch, mesh))
             found.append(metrics["loss"])
-            merged, skipped = merged + metrics["merged_in_attention"], skipped + metrics["update_skipped"]
+            merged, skipped = (
+                merged + metrics["merged_in_attention"],
+                skipped + metrics["update_skipped"],
+            )
         assert merged == 0 and skipped == 0
         return np.array([float(loss) for loss in found])
 
@@ -56,7 +81,11 @@ def test_loss_curves_agree_within_the_noise_of_bfloat16(batches):
     bfloat16 keeps 8 bits, and a mean over 16,000 tokens averages most of that away."""
     packed, xla, exact = (
         losses(batches, attention=attention, dtype=dtype)
-        for attention, dtype in (("cudnn_packed", "bfloat16"), ("xla", "bfloat16"), ("xla", "float32"))
+        for attention, dtype in (
+            ("cudnn_packed", "bfloat16"),
+            ("xla", "bfloat16"),
+            ("xla", "float32"),
+        )
     )
     assert packed[-20:].mean() < 0.7 * packed[0], "nothing was learnt, so agreeing says nothing"
     noise, distance = np.abs(xla - exact).mean(), np.abs(packed - xla).mean()

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from nanollama_jax.data import chat
-from nanollama_jax.data.conversations import Message
+from nanollama_jax.chat import chatml as chat
+from nanollama_jax.chat.conversations import Message
 from nanollama_jax.infer.engine import Completion
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
@@ -14,7 +14,12 @@ class Scripted:
     """Answers prompts with `replies`, in order: messages, or texts."""
 
     def __init__(self, tokenizer: Tokenizer, replies: Sequence[Message | str]):
-        self.tokenizer, self.replies, self.prompts, self.grammars = tokenizer, list(replies), [], None
+        self.tokenizer, self.replies, self.prompts, self.grammars = (
+            tokenizer,
+            list(replies),
+            [],
+            None,
+        )
 
     def generate(self, prompts, *_, **__) -> list[Completion]:
         self.prompts += [self.tokenizer.decode(prompt) for prompt in prompts]
@@ -28,6 +33,10 @@ class Scripted:
         if isinstance(reply, str):
             ids = self.tokenizer.encode(reply.removesuffix(CUT))
             cut = reply.endswith(CUT)
-            return Completion("", ids if cut else [*ids, self.tokenizer.control_id(TURN_END)], "length" if cut else "stop")
+            return Completion(
+                "",
+                ids if cut else [*ids, self.tokenizer.control_id(TURN_END)],
+                "length" if cut else "stop",
+            )
         encoded = chat.encode([Message("user", "x"), reply], self.tokenizer)
         return Completion("", encoded.ids[encoded.learnt].tolist(), "stop")

@@ -6,12 +6,20 @@ import torch
 
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
-from nanollama_jax.infer.attention_maps import QUERIES_A_BLOCK, attention_maps, choose_layers, plot, read_tokens
+from nanollama_jax.infer.attention_maps import (
+    QUERIES_A_BLOCK,
+    attention_maps,
+    choose_layers,
+    plot,
+    read_tokens,
+)
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 from tests.model.oracle import hf_model, random_params
 
-SMALL = ModelConfig(vocab_size=97, num_layers=3, d_model=64, num_heads=8, num_kv_heads=2, head_dim=16, ffn_dim=160)
+SMALL = ModelConfig(
+    vocab_size=97, num_layers=3, d_model=64, num_heads=8, num_kv_heads=2, head_dim=16, ffn_dim=160
+)
 T, THETA = 300, 5e5
 
 
@@ -24,7 +32,9 @@ def params():
 def test_maps_and_distances_agree_with_transformers(params, bins):
     ids = np.random.default_rng(1).integers(0, SMALL.vocab_size, (1, T))
     with torch.no_grad():
-        attentions = hf_model(SMALL, params, THETA)(torch.from_numpy(ids), output_attentions=True).attentions
+        attentions = hf_model(SMALL, params, THETA)(
+            torch.from_numpy(ids), output_attentions=True
+        ).attentions
     p_LNTS = np.stack([each[0].double().numpy() for each in attentions])
     maps = attention_maps(SMALL, params, ids[0], THETA, bins)
 
@@ -32,10 +42,16 @@ def test_maps_and_distances_agree_with_transformers(params, bins):
     edges = list(range(0, T, maps.bin_width))
     assert len(edges) <= bins and len(edges) == maps.pooled_LNQS.shape[-1]
     by_key = np.add.reduceat(p_LNTS, edges, axis=3)
-    expected = np.stack([by_key[:, :, edge : edge + maps.bin_width].mean(axis=2) for edge in edges], axis=2)
-    np.testing.assert_allclose(maps.pooled_LNQS, expected, atol=1e-5)  # each side rounds to 2e-6 of float64
+    expected = np.stack(
+        [by_key[:, :, edge : edge + maps.bin_width].mean(axis=2) for edge in edges], axis=2
+    )
+    np.testing.assert_allclose(
+        maps.pooled_LNQS, expected, atol=1e-5
+    )  # each side rounds to 2e-6 of float64
     np.testing.assert_allclose(maps.pooled_LNQS.sum(-1), 1, atol=1e-5)
-    assert (p_LNTS[:, :, -1].std(-1) * T > 0.3).all(), "the attention of this model is too flat to tell anything"
+    assert (p_LNTS[:, :, -1].std(-1) * T > 0.3).all(), (
+        "the attention of this model is too flat to tell anything"
+    )
 
     back_TS = np.arange(T)[:, None] - np.arange(T)
     np.testing.assert_allclose(maps.distance_LN, (p_LNTS * back_TS).sum(-1).mean(-1), rtol=1e-5)
@@ -59,7 +75,9 @@ def test_layers_to_draw():
 
 
 def test_reading_a_text(tmp_path):
-    tokenizer.train(["the cat sat on the mat " * 50], tmp_path / "t.model", vocab_size=275, max_bytes=10**6)
+    tokenizer.train(
+        ["the cat sat on the mat " * 50], tmp_path / "t.model", vocab_size=275, max_bytes=10**6
+    )
     model, path = Tokenizer(tmp_path / "t.model"), tmp_path / "text.txt"
     path.write_text("the cat sat " * 9)
     ids = model.encode("the cat sat " * 9, bos=True)

@@ -16,7 +16,9 @@ from nanollama_jax.infer.constraint import Constraint, Grammars
 from nanollama_jax.infer.grammar import TOOL_CALL, Grammar, json_schema, lark, regex, tool_call
 from nanollama_jax.tokenizer import Tokenizer
 
-PYTHON = "".join(path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py")))
+PYTHON = "".join(
+    path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py"))
+)
 UNK, EOS = 0, 2
 
 
@@ -29,19 +31,30 @@ class Case:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model.model_bytes)
 
     def raw(self, ids: list[int]) -> bytes:
-        pieces = [(token, self.processor.id_to_piece(token)) for token in ids if not self.processor.is_control(token)]
+        pieces = [
+            (token, self.processor.id_to_piece(token))
+            for token in ids
+            if not self.processor.is_control(token)
+        ]
         return b"".join(
-            bytes([int(piece[3:5], 16)]) if self.processor.is_byte(token) else piece.replace("▁", " ").encode() for token, piece in pieces
+            bytes([int(piece[3:5], 16)])
+            if self.processor.is_byte(token)
+            else piece.replace("▁", " ").encode()
+            for token, piece in pieces
         )
 
     def allowed(self, constraint: Constraint) -> np.ndarray:
-        row = np.full(-(-self.vocab_size // 32), -1, np.int32)  # what was there before must not shine through
+        row = np.full(
+            -(-self.vocab_size // 32), -1, np.int32
+        )  # what was there before must not shine through
         constraint.fill_mask(row)
         ids = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
         assert len(ids) and UNK not in ids and ids[-1] < self.tokenizer.vocab_size, ids
         return ids
 
-    def generate(self, grammar: Grammar, budget: int, rng: np.random.Generator) -> tuple[list[int], int]:
+    def generate(
+        self, grammar: Grammar, budget: int, rng: np.random.Generator
+    ) -> tuple[list[int], int]:
         """Ids, and how many of them were not the sampled ones."""
         constraint, ids, replaced = self.grammars.start(grammar, budget), [], 0
         while not constraint.finished:
@@ -55,7 +68,10 @@ class Case:
         ids, _ = self.generate(grammar, budget, rng)
         assert EOS not in ids[:-1]
         text = self.raw(ids).decode()
-        assert self.tokenizer.decode(ids) in (text, text.removeprefix(" "))  # a dummy prefix model's
+        assert self.tokenizer.decode(ids) in (
+            text,
+            text.removeprefix(" "),
+        )  # a dummy prefix model's
         return text
 
     def least_budget(self, grammar: Grammar) -> int:
@@ -95,12 +111,20 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, number) for number, name in enumerate(CASES)])
-def test_every_call_of_a_real_tool_is_valid_whatever_the_budget(request, shared_data, rng, name, number):
+def test_every_call_of_a_real_tool_is_valid_whatever_the_budget(
+    request, shared_data, rng, name, number
+):
     case, replaced, spent = request.getfixturevalue(name), 0, 0
-    lines = [line for file in ("simple_python", "multiple") for line in (shared_data / f"eval/bfcl/{file}.jsonl").read_text().splitlines()]
+    lines = [
+        line
+        for file in ("simple_python", "multiple")
+        for line in (shared_data / f"eval/bfcl/{file}.jsonl").read_text().splitlines()
+    ]
     for line in lines[number::13]:
         tools = json.loads(line)["function"]
-        grammar = tool_call([{"type": "function", "function": tool} for tool in tools] if rng.integers(2) else tools)
+        grammar = tool_call(
+            [{"type": "function", "function": tool} for tool in tools] if rng.integers(2) else tools
+        )
         least = case.least_budget(grammar)
         for budget in (least, least + 10, 200):
             ids, others = case.generate(grammar, max(budget, least), rng)
@@ -108,8 +132,14 @@ def test_every_call_of_a_real_tool_is_valid_whatever_the_budget(request, shared_
             assert (case.processor.id_to_piece(ids[0]) == TOOL_CALL) == (name == "chat")
             call = json.loads(case.raw(ids))
             assert list(call) == ["name", "arguments"]
-            parameters = json.dumps({tool["name"]: tool for tool in tools}[call["name"]]["parameters"])
-            for bfcl, real in {'"dict"': '"object"', '"float"': '"number"', '"tuple"': '"array"'}.items():
+            parameters = json.dumps(
+                {tool["name"]: tool for tool in tools}[call["name"]]["parameters"]
+            )
+            for bfcl, real in {
+                '"dict"': '"object"',
+                '"float"': '"number"',
+                '"tuple"': '"array"',
+            }.items():
                 parameters = parameters.replace(f'"type": {bfcl}', f'"type": {real}')
             schema = json.loads(parameters.replace('"type": "any"', '"title": "any"'))
             jsonschema.validate(call["arguments"], schema | {"additionalProperties": False})
@@ -120,7 +150,12 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["red", "green", None, 3]},
-        "sizes": {"type": "array", "items": {"type": "number", "minimum": -2, "exclusiveMaximum": 7.5}, "minItems": 2, "maxItems": 4},
+        "sizes": {
+            "type": "array",
+            "items": {"type": "number", "minimum": -2, "exclusiveMaximum": 7.5},
+            "minItems": 2,
+            "maxItems": 4,
+        },
         "count": {"type": "integer", "minimum": 15, "maximum": 1234},
         "step": {"type": "integer", "minimum": 1, "multipleOf": 7},
         "code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
@@ -141,8 +176,16 @@ def test_json_of_a_schema_is_valid(case, rng):
 
 
 def test_json_is_written_as_json_dumps_writes_it(case, rng):
-    properties = {"a": {"type": "array", "items": {"enum": ["x", 1, None]}}, "b": {"const": {"c": [True]}}}
-    schema = {"type": "object", "properties": properties, "additionalProperties": False, "x-guidance": {"item_separator": ","}}
+    properties = {
+        "a": {"type": "array", "items": {"enum": ["x", 1, None]}},
+        "b": {"const": {"c": [True]}},
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "x-guidance": {"item_separator": ","},
+    }
     texts = [case.text(json_schema(schema), 40, rng) for _ in range(30)]
     assert all(json.dumps(json.loads(text)) == text for text in texts)
     assert any(", " in text for text in texts)
@@ -150,7 +193,17 @@ def test_json_is_written_as_json_dumps_writes_it(case, rng):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a+", "(ab)*c", r"[0-9]{3}-[0-9]{4}", "[^<]*</b>", "(.|\n)*END", "(a|b)*a(a|b){9}", "[}]*x", r"x?é{2,}y", "[a-z]+ is (not )?(good|bad)\\."],
+    [
+        "a+",
+        "(ab)*c",
+        r"[0-9]{3}-[0-9]{4}",
+        "[^<]*</b>",
+        "(.|\n)*END",
+        "(a|b)*a(a|b){9}",
+        "[}]*x",
+        r"x?é{2,}y",
+        "[a-z]+ is (not )?(good|bad)\\.",
+    ],
 )
 def test_regex(case, rng, pattern):
     grammar = regex(pattern)
@@ -161,8 +214,13 @@ def test_regex(case, rng, pattern):
 
 
 def test_lark(case, rng):
-    grammar = lark('start: term (OP term)*\nterm: NUMBER | "(" start ")"\nOP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/')
-    lengths = {len(ast.dump(ast.parse(case.text(grammar, budget, rng), mode="eval"))) for budget in [*range(1, 40), 200, 200]}
+    grammar = lark(
+        'start: term (OP term)*\nterm: NUMBER | "(" start ")"\nOP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/'
+    )
+    lengths = {
+        len(ast.dump(ast.parse(case.text(grammar, budget, rng), mode="eval")))
+        for budget in [*range(1, 40), 200, 200]
+    }
     assert len(lengths) > 10, "it writes always the same"
 
 
@@ -237,12 +295,20 @@ def test_forced_text_is_spelled_as_the_tokenizer_spells_it(base, mistral, rng):
     assert base.generate(regex(re.escape(text)), 99, rng)[0] == base.tokenizer.encode(text)
     ids, _ = mistral.generate(regex(re.escape("\n" + text)), 99, rng)
     assert [mistral.processor.piece_to_id("▁"), *ids] == mistral.tokenizer.encode("\n" + text)
-    for case, decoded in ((base, " a b"), (mistral, "a b")):  # a model with a dummy prefix loses a leading space
+    for case, decoded in (
+        (base, " a b"),
+        (mistral, "a b"),
+    ):  # a model with a dummy prefix loses a leading space
         ids, _ = case.generate(regex(" a b"), 9, rng)
         assert (case.raw(ids), case.tokenizer.decode(ids)) == (b" a b", decoded)
 
 
-ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"], "additionalProperties": False}
+ENDLESS = {
+    "type": "object",
+    "properties": {"next": {"$ref": "#"}},
+    "required": ["next"],
+    "additionalProperties": False,
+}
 DEEP: dict = {}
 for _ in range(3000):
     DEEP = {"items": DEEP}
@@ -280,12 +346,24 @@ def with_parameters(parameters) -> Grammar:
         (lambda: tool_call([TOOL, {"function": TOOL}]), "tool 2: another is named 'f': rename one"),
         (lambda: tool_call([{"parameters": {}}]), "tool 1: `name` is missing"),
         (lambda: with_parameters("x"), "tool 1: `parameters` is of type str, not an object"),
-        (lambda: with_parameters({"a": {"type": "float"}}), "`parameters` is not the JSON schema of an"),
-        (lambda: tool_call([{"name": "f", "args": {"a": {}}}]), "it has `args` but no `parameters`"),
+        (
+            lambda: with_parameters({"a": {"type": "float"}}),
+            "`parameters` is not the JSON schema of an",
+        ),
+        (
+            lambda: tool_call([{"name": "f", "args": {"a": {}}}]),
+            "it has `args` but no `parameters`",
+        ),
         (lambda: with_parameters({"type": "HashMap"}), "tool 'f': Invalid type: HashMap"),
         (lambda: with_parameters({"type": "object"} | DEEP), "`tools` is not JSON"),
-        (lambda: with_parameters({"type": "object"} | NESTED), "tool 'f': its parameters are nested"),
-        (lambda: json_schema({"oneOf": OVERLAPPING}), "JSON schema: `oneOf` has branches that overlap"),
+        (
+            lambda: with_parameters({"type": "object"} | NESTED),
+            "tool 'f': its parameters are nested",
+        ),
+        (
+            lambda: json_schema({"oneOf": OVERLAPPING}),
+            "JSON schema: `oneOf` has branches that overlap",
+        ),
     ],
 )
 def test_a_bad_grammar_is_one_line(base, make, message):
@@ -297,14 +375,23 @@ def test_a_bad_grammar_is_one_line(base, make, message):
 @pytest.mark.parametrize(
     ("property_schema", "says"),
     [
-        ({"oneOf": OVERLAPPING}, "`oneOf` has branches that overlap, where `anyOf` could be enforced"),
+        (
+            {"oneOf": OVERLAPPING},
+            "`oneOf` has branches that overlap, where `anyOf` could be enforced",
+        ),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "`oneOf` has"),
         ({"type": "string", "format": "phone"}, "`format` 'phone' cannot be enforced"),
         ({"type": "string", "format": 7}, "Expected string for 'format', got 7"),
         ({"type": "integer", "minimum": -(2**63)}, "`minimum` or `maximum` is too large to enf"),
-        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "`minimum` or `maximum` is"),
+        (
+            {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+            "`minimum` or `maximum` is",
+        ),
         ({"type": "integer", "exclusiveMinimum": 2**63}, "`minimum` or `maximum` is too large"),
-        ({"type": "number", "minimum": -(2**63), "maximum": 2**63}, "`minimum` or `maximum` is too"),
+        (
+            {"type": "number", "minimum": -(2**63), "maximum": 2**63},
+            "`minimum` or `maximum` is too",
+        ),
         ({"type": "number", "minimum": 1e308}, "`minimum` or `maximum` is too large"),
         ({"type": "string", "maxLength": 2**63}, "`minLength` or `maxLength` is too large"),
         ({"type": "string", "pattern": "(?=a)b"}, "`pattern` is not a regex that can be enforced"),
@@ -372,12 +459,23 @@ def test_an_object_that_lists_nothing_or_says_so_is_open(base, rng):
 def test_names_that_look_like_keywords_and_references_are_kept(base, rng):
     parameters = {
         "type": "dict",
-        "properties": {"type": {"type": "tuple", "items": {"$ref": "#/$defs/x"}}, "default": {"type": "float"}, "any": {"type": "any"}},
+        "properties": {
+            "type": {"type": "tuple", "items": {"$ref": "#/$defs/x"}},
+            "default": {"type": "float"},
+            "any": {"type": "any"},
+        },
         "required": ["type", "default"],
-        "$defs": {"x": {"type": "dict", "properties": {"enum": {"type": "boolean"}}, "required": ["enum"]}},
+        "$defs": {
+            "x": {"type": "dict", "properties": {"enum": {"type": "boolean"}}, "required": ["enum"]}
+        },
     }
-    seen = [json.loads(base.text(tool_call([{"name": 'a"} b', "parameters": parameters}]), 90, rng)) for _ in range(20)]
+    seen = [
+        json.loads(base.text(tool_call([{"name": 'a"} b', "parameters": parameters}]), 90, rng))
+        for _ in range(20)
+    ]
     assert {call["name"] for call in seen} == {'a"} b'}
     assert all(isinstance(call["arguments"]["default"], int | float) for call in seen)
     entries = [entry for call in seen for entry in call["arguments"]["type"]]
-    assert entries and all(list(entry) == ["enum"] and isinstance(entry["enum"], bool) for entry in entries)
+    assert entries and all(
+        list(entry) == ["enum"] and isinstance(entry["enum"], bool) for entry in entries
+    )

@@ -38,9 +38,12 @@ def test_filters_equal_transformers(settings):
     ours = filter_logits(logits_BV, seen_BV, sampling.values, sampling.switches)
     theirs = torch.from_numpy(logits_BV)
     for name, make in (
-        ("repetition_penalty", hf.RepetitionPenaltyLogitsProcessor), ("temperature", hf.TemperatureLogitsWarper),
-        ("top_k", hf.TopKLogitsWarper), ("top_p", hf.TopPLogitsWarper), ("min_p", hf.MinPLogitsWarper),
-    ):  # fmt: skip
+        ("repetition_penalty", hf.RepetitionPenaltyLogitsProcessor),
+        ("temperature", hf.TemperatureLogitsWarper),
+        ("top_k", hf.TopKLogitsWarper),
+        ("top_p", hf.TopPLogitsWarper),
+        ("min_p", hf.MinPLogitsWarper),
+    ):
         if name in settings:
             theirs = make(settings[name])(torch.from_numpy(history_BT), theirs)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
@@ -50,7 +53,14 @@ def test_draws_follow_the_probabilities():
     logits_V = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     n = 4000
     sampling = Sampling(temperature=1.0, top_k=3)
-    drawn = choose(jnp.tile(logits_V, (n, 1)), None, jnp.zeros(n, jnp.int32), jnp.arange(n), sampling.values, sampling.switches)
+    drawn = choose(
+        jnp.tile(logits_V, (n, 1)),
+        None,
+        jnp.zeros(n, jnp.int32),
+        jnp.arange(n),
+        sampling.values,
+        sampling.switches,
+    )
     share = np.bincount(np.asarray(drawn), minlength=4) / n
     np.testing.assert_allclose(share, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
 
@@ -71,7 +81,16 @@ def test_other_values_recompile_nothing():
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(min_p=1), dict(repetition_penalty=0), dict(top_k=5), dict(seed=-1)]
+    "bad",
+    [
+        dict(temperature=-1),
+        dict(top_k=-1),
+        dict(top_p=0),
+        dict(min_p=1),
+        dict(repetition_penalty=0),
+        dict(top_k=5),
+        dict(seed=-1),
+    ],
 )
 def test_bad_settings(bad):
     with pytest.raises(BadInput, match=next(iter(bad))):
@@ -88,7 +107,9 @@ def with_dummy_prefix(shared_data) -> Tokenizer:
     return Tokenizer(shared_data / "tokenizer/mistral_v1_32000.model")
 
 
-def pieces_of(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], sizes: list[int], stop=()) -> tuple[list[str], TextStream]:
+def pieces_of(
+    tokenizer: Tokenizer, prompt: list[int], tokens: list[int], sizes: list[int], stop=()
+) -> tuple[list[str], TextStream]:
     stream = TextStream(tokenizer, prompt, stop)
     pieces = []
     for size in sizes:
@@ -98,7 +119,11 @@ def pieces_of(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], sizes:
 
 
 @settings(deadline=None, max_examples=200)
-@given(text=st.text(max_size=60), cut=st.integers(0, 20), sizes=st.lists(st.integers(1, 5), max_size=40))
+@given(
+    text=st.text(max_size=60),
+    cut=st.integers(0, 20),
+    sizes=st.lists(st.integers(1, 5), max_size=40),
+)
 def test_streamed_text_is_the_text(ours, with_dummy_prefix, text, cut, sizes):
     """Any text, cut anywhere between tokens (within a character too), in pieces of any size; ours and a model with a dummy prefix."""
     for tokenizer in (ours, with_dummy_prefix):
@@ -106,14 +131,19 @@ def test_streamed_text_is_the_text(ours, with_dummy_prefix, text, cut, sizes):
         prompt, new = ids[: cut + 1], ids[cut + 1 :]
         pieces, stream = pieces_of(tokenizer, prompt, new, sizes)
         before, whole = tokenizer.decode(prompt), tokenizer.decode(ids)
-        if not whole.startswith(before):  # the cut goes through a character: it is the continuation's
+        if not whole.startswith(
+            before
+        ):  # the cut goes through a character: it is the continuation's
             before = before.rstrip("\ufffd")
         assert before + "".join(pieces) == whole
         assert stream.text == "".join(pieces) and stream.tokens == new
 
 
 @settings(deadline=None, max_examples=100)
-@given(ids=st.lists(st.integers(0, 1023), min_size=1, max_size=60), sizes=st.lists(st.integers(1, 5), max_size=40))
+@given(
+    ids=st.lists(st.integers(0, 1023), min_size=1, max_size=60),
+    sizes=st.lists(st.integers(1, 5), max_size=40),
+)
 def test_streamed_text_of_any_tokens(ours, with_dummy_prefix, ids, sizes):
     for tokenizer in (ours, with_dummy_prefix):
         pieces, _ = pieces_of(tokenizer, [1], ids, sizes)
@@ -128,7 +158,10 @@ def test_what_is_no_character_is_not_held_back_for_ever(ours):
 
 
 @settings(deadline=None, max_examples=100)
-@given(sizes=st.lists(st.integers(1, 3), max_size=40), stop=st.lists(st.sampled_from(["lf", "self", ", sel", "q", "aa", "aab"]), max_size=3))
+@given(
+    sizes=st.lists(st.integers(1, 3), max_size=40),
+    stop=st.lists(st.sampled_from(["lf", "self", ", sel", "q", "aa", "aab"]), max_size=3),
+)
 def test_a_stop_string_is_never_shown(ours, sizes, stop):
     text = "def f(a, self, quiet): aaab"
     ids = ours.encode(text)

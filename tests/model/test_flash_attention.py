@@ -20,9 +20,17 @@ from nanollama_jax.model.flash_attention import Packing, pack
 from tests.model.oracle import random_params
 
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn_dim=96, dtype="bfloat16", attention="cudnn_packed",
+    vocab_size=64,
+    num_layers=3,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    ffn_dim=96,
+    dtype="bfloat16",
+    attention="cudnn_packed",
     packed_documents=4,
-)  # fmt: skip
+)
 
 
 def stand_in(q_BTNH, k_BTKH, v_BTKH, packing: Packing):
@@ -32,7 +40,9 @@ def stand_in(q_BTNH, k_BTKH, v_BTKH, packing: Packing):
     lengths_Z, starts_Z = packing.lengths_BM.reshape(-1), packing.starts_BM1.reshape(-1)[:Z]
     token_X = jnp.arange(B * T)
     inside_ZX = (token_X >= starts_Z[:, None]) & (token_X < (starts_Z + lengths_Z)[:, None])
-    same_XY = (inside_ZX[:, :, None] & inside_ZX[:, None]).any(axis=0) & (token_X[:, None] >= token_X)
+    same_XY = (inside_ZX[:, :, None] & inside_ZX[:, None]).any(axis=0) & (
+        token_X[:, None] >= token_X
+    )
     q, k, v = (x.astype(jnp.float32).reshape(B * T, -1, H) for x in (q_BTNH, k_BTKH, v_BTKH))
     k, v = jnp.repeat(k, G, axis=1), jnp.repeat(v, G, axis=1)
     scores_NXY = jnp.where(same_XY, jnp.einsum("XNH,YNH->NXY", q, k) * H**-0.5, -jnp.inf)
@@ -61,8 +71,14 @@ def backward_stand_in(q_BTNH, k_BTKH, v_BTKH, packing, stats_ZNT, out_BTNH, d_ou
     d_out, out = (x.astype(jnp.float32).reshape(B * T, N, H) for x in (d_out_BTNH, out_BTNH))
     d_p_NXY = jnp.einsum("XNH,YNH->NXY", d_out, v) - jnp.sum(d_out * out, axis=-1).T[..., None]
     d_s_NXY = p_NXY * d_p_NXY * H**-0.5
-    grads = (jnp.einsum("NXY,YNH->XNH", d_s_NXY, k), jnp.einsum("NXY,XNH->YNH", d_s_NXY, q), jnp.einsum("NXY,XNH->YNH", p_NXY, d_out))
-    d_q, d_k, d_v = (x.reshape(B, T, heads, -1, H).sum(axis=3) for x, heads in zip(grads, (N, K, K), strict=True))
+    grads = (
+        jnp.einsum("NXY,YNH->XNH", d_s_NXY, k),
+        jnp.einsum("NXY,XNH->YNH", d_s_NXY, q),
+        jnp.einsum("NXY,XNH->YNH", p_NXY, d_out),
+    )
+    d_q, d_k, d_v = (
+        x.reshape(B, T, heads, -1, H).sum(axis=3) for x, heads in zip(grads, (N, K, K), strict=True)
+    )
     return tuple(x.astype(q_BTNH.dtype) for x in (d_q, d_k, d_v))
 
 
@@ -89,11 +105,16 @@ ROWS = {
 @pytest.mark.parametrize("devices", [1, 2])
 def test_output_and_gradients_agree_with_xla(devices):
     keys = jax.random.split(jax.random.key(1), 4)
-    arrays = [jax.random.normal(key, (4, 48, heads, 16), jnp.bfloat16) for key, heads in zip(keys, (4, 2, 2, 4), strict=True)]
+    arrays = [
+        jax.random.normal(key, (4, 48, heads, 16), jnp.bfloat16)
+        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    ]
 
     def run(config, segment_ids):
         q, k, v, d_out = (x.astype(config.dtype) for x in arrays)
-        out, gradients_of = jax.vjp(lambda *qkv: attend(*qkv, documents_of(segment_ids, config), config), q, k, v)
+        out, gradients_of = jax.vjp(
+            lambda *qkv: attend(*qkv, documents_of(segment_ids, config), config), q, k, v
+        )
         return out, *gradients_of(d_out)
 
     @jax.jit
@@ -111,7 +132,10 @@ def test_output_and_gradients_agree_with_xla(devices):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=12), min_size=4, max_size=4), st.integers(1, 6))
+@given(
+    st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=12), min_size=4, max_size=4),
+    st.integers(1, 6),
+)
 def test_packing_of_any_rows(lengths, room):
     """Every token in one document; rows within the room keep theirs; documents never cross rows; what cuDNN reads is in its order."""
     T = 24
@@ -131,7 +155,11 @@ def test_packing_of_any_rows(lengths, room):
     count = int((found - merged).sum())
     assert count <= 4 * M and (found.sum() > 4 * M or not merged.any())
     assert all(merged[i] == 0 for i in range(4) if found[i] <= M)
-    assert (lengths_Z[:count] > 0).all() and (lengths_Z[count:] == 0).all() and lengths_Z.sum() == 4 * T
+    assert (
+        (lengths_Z[:count] > 0).all()
+        and (lengths_Z[count:] == 0).all()
+        and lengths_Z.sum() == 4 * T
+    )
     np.testing.assert_array_equal(starts[:count], np.cumsum(lengths_Z[:count]) - lengths_Z[:count])
     assert (starts[count:] == 4 * T).all()
     document, position = packing.document_BT.reshape(-1), packing.position_BT.reshape(-1)
@@ -144,11 +172,15 @@ def test_packing_of_any_rows(lengths, room):
 
 @pytest.mark.usefixtures("kernels")
 def test_too_many_documents_are_counted_and_merged_where_there_are_most():
-    segment_ids = segments_of([[3] * 16, [12] * 4, [48], [24, 24]])  # 16 + 4 + 1 + 2, and room for 16
+    segment_ids = segments_of(
+        [[3] * 16, [12] * 4, [48], [24, 24]]
+    )  # 16 + 4 + 1 + 2, and room for 16
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
         packing, merged = pack(segment_ids, 4)
     np.testing.assert_array_equal(merged, [7, 0, 0, 0])
-    np.testing.assert_array_equal(packing.lengths_BM.reshape(-1), [3] * 8 + [24] + [12] * 4 + [48, 24, 24])
+    np.testing.assert_array_equal(
+        packing.lengths_BM.reshape(-1), [3] * 8 + [24] + [12] * 4 + [48, 24, 24]
+    )
 
 
 @pytest.mark.usefixtures("kernels")
@@ -161,11 +193,16 @@ def test_the_check_at_start_passes_what_is_right_and_refuses_what_is_not(monkeyp
 
         monkeypatch.setattr(flash_attention, "cudnn_forward", wrong_offsets)
         with pytest.raises(
-            BadInput, match=r"'cudnn_packed' is wrong on this machine \(relative errors against xla: output .*set model.attention=xla"
+            BadInput,
+            match=r"'cudnn_packed' is wrong on this machine \(relative errors against xla: output .*set model.attention=xla",
         ):
             check_attention(MODEL, rows=2)
         monkeypatch.setattr(flash_attention, "cudnn_forward", forward_stand_in)
-        monkeypatch.setattr(flash_attention, "cudnn_backward", lambda *args: tuple(2 * x for x in backward_stand_in(*args)))
+        monkeypatch.setattr(
+            flash_attention,
+            "cudnn_backward",
+            lambda *args: tuple(2 * x for x in backward_stand_in(*args)),
+        )
         with pytest.raises(BadInput, match=r"output \d.\de-03, d query 1.0e\+00"):
             check_attention(MODEL, rows=2)
 
@@ -176,31 +213,64 @@ def lowered_for_cuda(function, *shapes):
 
 def test_what_cudnn_is_told():
     """The call itself, as it is compiled for a GPU: all documents of the batch in one list, offsets in elements of queries and of grouped keys."""
-    q, kv = jax.ShapeDtypeStruct((3, 256, 8, 64), jnp.bfloat16), jax.ShapeDtypeStruct((3, 256, 2, 64), jnp.bfloat16)
+    q, kv = (
+        jax.ShapeDtypeStruct((3, 256, 8, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((3, 256, 2, 64), jnp.bfloat16),
+    )
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
 
         def loss(q, k, v, segment_ids):
-            return flash_attention.flash_attention(q, k, v, pack(segment_ids, 4)[0]).astype(jnp.float32).sum()
+            return (
+                flash_attention.flash_attention(q, k, v, pack(segment_ids, 4)[0])
+                .astype(jnp.float32)
+                .sum()
+            )
 
-        text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv, jax.ShapeDtypeStruct((3, 256), jnp.int32))
+        text = lowered_for_cuda(
+            jax.grad(loss, argnums=(0, 1, 2)), q, kv, kv, jax.ShapeDtypeStruct((3, 256), jnp.int32)
+        )
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
     assert len(calls) == 2 and "fmhaSoftmax(" in calls[0] and "fmhaSoftmaxBackward(" in calls[1]
     for call in calls:
-        assert r"\22mask_type\22: \22PADDING_CAUSAL\22" in call and r"\22max_seg_per_batch\22: 4" in call and r"\22fmha_scale\22: 0.125" in call
-        assert call.count("tensor<3x4xi32>") == 2 and call.count("tensor<3x5xi32>") == 2 and "tensor<12x8x256xf32>" in call
+        assert (
+            r"\22mask_type\22: \22PADDING_CAUSAL\22" in call
+            and r"\22max_seg_per_batch\22: 4" in call
+            and r"\22fmha_scale\22: 0.125" in call
+        )
+        assert (
+            call.count("tensor<3x4xi32>") == 2
+            and call.count("tensor<3x5xi32>") == 2
+            and "tensor<12x8x256xf32>" in call
+        )
     assert "dense<512>" in text and "dense<128>" in text  # elements a token, of queries and of keys
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "cudnn_packed"])
-@pytest.mark.parametrize(("remat", "forwards"), [("full", 2), ("attention", 1), ("gate_up", 1), ("none", 1)])
+@pytest.mark.parametrize(
+    ("remat", "forwards"), [("full", 2), ("attention", 1), ("gate_up", 1), ("none", 1)]
+)
 def test_attention_runs_once_a_layer_unless_nothing_is_kept(remat, forwards, attention):
-    model = dataclasses.replace(MODEL, remat=remat, head_dim=64, attention=attention, document_mask=attention == "cudnn_packed")
+    model = dataclasses.replace(
+        MODEL,
+        remat=remat,
+        head_dim=64,
+        attention=attention,
+        document_mask=attention == "cudnn_packed",
+    )
     params = jax.eval_shape(lambda: random_params(dataclasses.replace(model, attention="xla")))
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
 
         def loss(params, tokens):
-            return Llama(model).apply({"params": params}, tokens, tokens, tokens, jnp.float32(1e4)).astype(jnp.float32).sum()
+            return (
+                Llama(model)
+                .apply({"params": params}, tokens, tokens, tokens, jnp.float32(1e4))
+                .astype(jnp.float32)
+                .sum()
+            )
 
         text = lowered_for_cuda(jax.grad(loss), params, tokens)
-    assert text.count("__cudnn$fmhaSoftmax(") == forwards and text.count("__cudnn$fmhaSoftmaxBackward(") == 1
+    assert (
+        text.count("__cudnn$fmhaSoftmax(") == forwards
+        and text.count("__cudnn$fmhaSoftmaxBackward(") == 1
+    )

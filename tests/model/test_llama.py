@@ -17,17 +17,24 @@ from tests.model.oracle import hf_model, hf_names, read_stories260k
 
 logits = jax.jit(llama.logits, static_argnums=0)
 
-SMALL = ModelConfig(vocab_size=97, num_layers=3, d_model=64, num_heads=8, num_kv_heads=2, head_dim=16, ffn_dim=160)
+SMALL = ModelConfig(
+    vocab_size=97, num_layers=3, d_model=64, num_heads=8, num_kv_heads=2, head_dim=16, ffn_dim=160
+)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def random_params(model: ModelConfig, seed: int = 0):
     """Initialised, then made large enough that every part matters to the logits, norms included."""
     dummy = jnp.zeros((1, 8), jnp.int32)
-    params = nn.meta.unbox(Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, jnp.float32(1e4))["params"])
+    params = nn.meta.unbox(
+        Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, jnp.float32(1e4))["params"]
+    )
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(tree, [x * 2 + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree,
+        [x * 2 + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)],
+    )
 
 
 def whole_rows(tokens_BT):
@@ -55,9 +62,15 @@ def test_logits_agree_with_transformers(kv_heads, rope_theta):
 def check_loss_and_gradients(model, params, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     names = ("tokens", "positions", "segment_ids")
-    batch = dict(zip(names, whole_rows(inputs), strict=True), targets=targets, loss_weights=np.ones(targets.shape, np.float32))
+    batch = dict(
+        zip(names, whole_rows(inputs), strict=True),
+        targets=targets,
+        loss_weights=np.ones(targets.shape, np.float32),
+    )
     objective = functools.partial(next_token, model=model, z_loss=0.0, chunk_tokens=64)
-    (total, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch, jnp.float32(1e4))
+    (total, sums), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+        params, batch, jnp.float32(1e4)
+    )
     hf = hf_model(model, params, 1e4)
     loss = hf(torch.from_numpy(tokens).long(), labels=torch.from_numpy(tokens).long()).loss
     loss.backward()
@@ -79,11 +92,19 @@ def test_stories260k_agrees_with_transformers_and_tells_its_story(shared_data):
     params = jax.tree.map(jnp.asarray, params)
     hf = hf_model(model, params, 1e4)
     with torch.no_grad():
-        story = hf.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0].numpy().astype(np.int32)
+        story = (
+            hf.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False)[0]
+            .numpy()
+            .astype(np.int32)
+        )
     ours = logits(model, params, *whole_rows(story[None]), 1e4)
     with torch.no_grad():
-        np.testing.assert_allclose(ours, hf(torch.from_numpy(story[None]).long()).logits.numpy(), atol=1e-4)
-    np.testing.assert_array_equal(np.argmax(ours[0, :-1], -1), story[1:])  # greedy decoding by ours gives the same 200 tokens
+        np.testing.assert_allclose(
+            ours, hf(torch.from_numpy(story[None]).long()).logits.numpy(), atol=1e-4
+        )
+    np.testing.assert_array_equal(
+        np.argmax(ours[0, :-1], -1), story[1:]
+    )  # greedy decoding by ours gives the same 200 tokens
     piece = llama2c_pieces(shared_data / "weights/stories260K/tok512.bin")
     text = "".join(piece[t] for t in story[1:])
     assert text.strip().startswith("Once upon a time, there was a little girl named"), text
@@ -107,7 +128,11 @@ def packed_row(documents, length):
     start = 0
     for i, document in enumerate([*documents, [0] * (length - sum(map(len, documents)))], start=1):
         end = start + len(document)
-        tokens[0, start:end], positions[0, start:end], segments[0, start:end] = document, np.arange(len(document)), i
+        tokens[0, start:end], positions[0, start:end], segments[0, start:end] = (
+            document,
+            np.arange(len(document)),
+            i,
+        )
         start = end
     return tokens, positions, segments
 
@@ -120,8 +145,15 @@ def test_neighbours_in_a_row_do_not_move_a_bit(remat):
     results = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        before, after = rng.integers(0, 97, 100).tolist(), rng.integers(0, 97, 30 + 20 * seed).tolist()
-        results.append(np.asarray(logits(model, params, *packed_row([before, document, after], 320), 1e4))[0, 100:250])
+        before, after = (
+            rng.integers(0, 97, 100).tolist(),
+            rng.integers(0, 97, 30 + 20 * seed).tolist(),
+        )
+        results.append(
+            np.asarray(logits(model, params, *packed_row([before, document, after], 320), 1e4))[
+                0, 100:250
+            ]
+        )
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
     alone = np.asarray(logits(model, params, *whole_rows(np.array([document], np.int32)), 1e4))[0]
@@ -131,7 +163,9 @@ def test_neighbours_in_a_row_do_not_move_a_bit(remat):
 def test_without_the_document_mask_neighbours_do_matter():
     model = dataclasses.replace(SMALL, document_mask=False)
     params = random_params(model)
-    a, b = (logits(model, params, *packed_row([[i] * 10, [5] * 10], 20), 1e4)[0, 10:] for i in (1, 2))
+    a, b = (
+        logits(model, params, *packed_row([[i] * 10, [5] * 10], 20), 1e4)[0, 10:] for i in (1, 2)
+    )
     assert np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-3
 
 
@@ -148,7 +182,13 @@ def test_loss_of_a_packed_row_is_the_sum_over_its_documents():
             end = start + len(document)
             targets[0, start : end - 1], weights[0, start : end - 1] = document[1:], 1
             start = end
-        batch = {"tokens": tokens, "positions": positions, "segment_ids": segments, "targets": targets, "loss_weights": weights}
+        batch = {
+            "tokens": tokens,
+            "positions": positions,
+            "segment_ids": segments,
+            "targets": targets,
+            "loss_weights": weights,
+        }
         return float(objective(params, batch, jnp.float32(1e4))[0])
 
     packed = total(packed_row(documents, 160), documents)
@@ -161,34 +201,57 @@ def test_causality_by_gradients():
     _, positions, segments = whole_rows(tokens)
 
     def logit_of_position_70(embedding):
-        return logits(SMALL, params | {"embedding": {"kernel": embedding}}, np.arange(140, dtype=np.int32)[None] % 97, positions, segments, 1e4)[
-            0, 70
-        ].sum()
+        return logits(
+            SMALL,
+            params | {"embedding": {"kernel": embedding}},
+            np.arange(140, dtype=np.int32)[None] % 97,
+            positions,
+            segments,
+            1e4,
+        )[0, 70].sum()
 
     # tokens are 0..96, 0..42: embedding rows 71..96 are only ever seen after position 70
-    grads = np.abs(np.asarray(jax.jit(jax.grad(logit_of_position_70))(params["embedding"]["kernel"]))).max(-1)
+    grads = np.abs(
+        np.asarray(jax.jit(jax.grad(logit_of_position_70))(params["embedding"]["kernel"]))
+    ).max(-1)
     assert (grads[71:] == 0).all() and (grads[:71] > 0).all()
 
 
-@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="gate_up"), dict(scan_layers=False)])
+@pytest.mark.parametrize(
+    "change", [dict(remat="full"), dict(remat="gate_up"), dict(scan_layers=False)]
+)
 @pytest.mark.usefixtures("one_device")
 def test_remat_and_unrolling_change_nothing(change):
     params, tokens = random_params(SMALL), random_tokens(SMALL, 2, 64)
     model = dataclasses.replace(SMALL, **change)
     batch = dict(
-        zip(("tokens", "positions", "segment_ids"), whole_rows(tokens), strict=True), targets=tokens, loss_weights=np.ones(tokens.shape, np.float32)
+        zip(("tokens", "positions", "segment_ids"), whole_rows(tokens), strict=True),
+        targets=tokens,
+        loss_weights=np.ones(tokens.shape, np.float32),
     )
 
     def unrolled(params):
-        layers = {f"layers_{i}": jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(SMALL.num_layers)}
+        layers = {
+            f"layers_{i}": jax.tree.map(operator.itemgetter(i), params["layers"])
+            for i in range(SMALL.num_layers)
+        }
         return {k: v for k, v in params.items() if k != "layers"} | layers
 
     arrange = (lambda p: p) if model.scan_layers else unrolled
-    value = jax.jit(jax.value_and_grad(lambda p, m, a: next_token(a(p), batch, jnp.float32(1e4), m, 1e-4, 64)[0]), static_argnums=(1, 2))
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda p, m, a: next_token(a(p), batch, jnp.float32(1e4), m, 1e-4, 64)[0]
+        ),
+        static_argnums=(1, 2),
+    )
     loss, grads = value(params, SMALL, lambda p: p)
     other_loss, other_grads = value(params, model, arrange)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), grads, other_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()),
+        grads,
+        other_grads,
+    )
 
 
 def test_bf16_embedding_gradient_is_summed_in_float32():
@@ -201,7 +264,8 @@ def test_bf16_embedding_gradient_is_summed_in_float32():
         return jnp.sum(hidden_BTD.astype(jnp.float32) * jnp.linspace(0.5, 1.5, 64))
 
     grads = [
-        jax.jit(jax.grad(total), static_argnums=1)(params, m)["embedding"]["kernel"][5] for m in (model, dataclasses.replace(model, dtype="float32"))
+        jax.jit(jax.grad(total), static_argnums=1)(params, m)["embedding"]["kernel"][5]
+        for m in (model, dataclasses.replace(model, dtype="float32"))
     ]
     assert np.abs(grads[0] - grads[1]).max() < 0.02 * np.abs(grads[1]).max()
 

@@ -17,19 +17,34 @@ FINE = {"update_skipped": 0}
 def watched(losses, lowest=(), task="pretrain"):
     watch = divergence.Watch(task, 4096, dict(lowest))
     for step, loss in enumerate(losses, 1):
-        watch.step(step, {"update_skipped": not math.isfinite(loss), "kl" if task == "dpo" else "loss": loss})
+        watch.step(
+            step,
+            {"update_skipped": not math.isfinite(loss), "kl" if task == "dpo" else "loss": loss},
+        )
     return watch
 
 
 def state_of(weight=1.0, mu=0.0, nu=0.0):
     params = {"w": jnp.full((3, 3), 0.1).at[1, 1].set(weight)}
     opt_state = optax.scale_by_adam().init(params)
-    opt_state = opt_state._replace(mu={"w": opt_state.mu["w"] + mu}, nu={"w": opt_state.nu["w"].at[2, 2].set(nu)})
-    return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), params=params, opt_state=(optax.EmptyState(), opt_state))
+    opt_state = opt_state._replace(
+        mu={"w": opt_state.mu["w"] + mu}, nu={"w": opt_state.nu["w"].at[2, 2].set(nu)}
+    )
+    return TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        params=params,
+        opt_state=(optax.EmptyState(), opt_state),
+    )
 
 
 def noisy(values):
-    return [value + 0.3 * noise for value, noise in zip(values, np.random.default_rng(0).normal(size=len(values)), strict=True)]
+    return [
+        value + 0.3 * noise
+        for value, noise in zip(
+            values, np.random.default_rng(0).normal(size=len(values)), strict=True
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +66,14 @@ def test_training_as_it_goes_is_no_divergence(losses):
 @pytest.mark.parametrize(
     ("losses", "why"),
     [
-        ([3.0] * 20 + [CHANCE] * 20, "diverged: training loss 8.318 nats a token, after 3.00"),  # a dead network
-        ([3.0] * 20 + [2.9e6] + [3.0] * 5, "diverged: training loss 2.9e+05"),  # has to hold for the last steps
+        (
+            [3.0] * 20 + [CHANCE] * 20,
+            "diverged: training loss 8.318 nats a token, after 3.00",
+        ),  # a dead network
+        (
+            [3.0] * 20 + [2.9e6] + [3.0] * 5,
+            "diverged: training loss 2.9e+05",
+        ),  # has to hold for the last steps
         ([3.0, 3.0, 2.9e6], "diverged"),
         ([3.0] * 20 + [math.inf], "the last 1 update"),
         ([math.nan] * 4, "the last 4 update"),
@@ -63,7 +84,9 @@ def test_a_model_that_lost_what_it_had_learned_is_not_saved(losses, why):
 
 
 def test_recovery_ends_it():
-    assert watched([3.0] * 20 + [math.nan] * 3 + [9.0] * 10 + [3.5] * 20).objection(state_of()) is None
+    assert (
+        watched([3.0] * 20 + [math.nan] * 3 + [9.0] * 10 + [3.5] * 20).objection(state_of()) is None
+    )
 
 
 def test_a_resumed_run_is_compared_with_what_it_was():
@@ -77,7 +100,10 @@ def test_dpo_is_measured_by_how_unlikely_answers_became():
     assert "training kl" in watched([0.0, 0.1] + [7.0] * 20, task="dpo").objection(state_of())
 
 
-@pytest.mark.parametrize(("before", "now", "bad"), [(3.0, 3.5, False), (3.0, CHANCE, True), (3.0, math.nan, True), (CHANCE, CHANCE, False)])
+@pytest.mark.parametrize(
+    ("before", "now", "bad"),
+    [(3.0, 3.5, False), (3.0, CHANCE, True), (3.0, math.nan, True), (CHANCE, CHANCE, False)],
+)
 def test_validations_are_compared_with_the_best(before, now, bad):
     watch = watched([])
     watch.validation({"loss": before})
@@ -87,7 +113,18 @@ def test_validations_are_compared_with_the_best(before, now, bad):
     assert watch.objection(state_of()) is None
 
 
-@pytest.mark.parametrize("bad", [dict(weight=math.nan), dict(weight=1e38), dict(mu=math.nan), dict(nu=math.nan), dict(nu=math.inf)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(weight=math.nan),
+        dict(weight=1e38),
+        dict(mu=math.nan),
+        dict(nu=math.nan),
+        dict(nu=math.inf),
+    ],
+)
 def test_a_state_that_is_not_finite_is_not_saved(bad):
     assert divergence.is_finite(state_of()) and divergence.is_finite(state_of(weight=1e15, nu=1e30))
-    assert watched([3.0]).objection(state_of(**bad)) == "parameters or optimizer state are not finite"
+    assert (
+        watched([3.0]).objection(state_of(**bad)) == "parameters or optimizer state are not finite"
+    )

@@ -6,7 +6,15 @@ import pytest
 
 from nanollama_jax.train import metrics
 
-DAMAGED = [b"\0" * 40, b'{"step": 2, "lo', b'{"loss": 1.0}', b'{"step": "2"}', b"[2]", b'{"step": 2, "a": "\xff\xfe"}', b""]
+DAMAGED = [
+    b"\0" * 40,
+    b'{"step": 2, "lo',
+    b'{"loss": 1.0}',
+    b'{"step": "2"}',
+    b"[2]",
+    b'{"step": 2, "a": "\xff\xfe"}',
+    b"",
+]
 
 
 @pytest.mark.parametrize("damaged", DAMAGED)
@@ -32,4 +40,6 @@ def test_without_damage_nothing_is_set_aside(tmp_path):
     metrics.open_trimmed(path, 0).close()
     path.write_text('{"step": 1}\n')
     metrics.open_trimmed(path, 5).close()
-    assert path.read_text() == '{"step": 1}\n' and [each.name for each in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert path.read_text() == '{"step": 1}\n' and [each.name for each in tmp_path.iterdir()] == [
+        "metrics.jsonl"
+    ]

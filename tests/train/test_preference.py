@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from nanollama_jax import sharding
-from nanollama_jax.data.finetuning import SAID
+from nanollama_jax.corpus.finetuning import SAID
 from nanollama_jax.data.rows import Rows
 from nanollama_jax.train import objectives, optimizer, reference, step
 from nanollama_jax.train.feed import Feed
@@ -37,11 +37,15 @@ def params():
 
 def float64_oracle(logprobs, reference, counts, beta, label_smoothing, length_normalised):
     """loss, accuracy, margin, rewards of the chosen and of the rejected: (pairs,) each, in float64."""
-    logprobs, reference, counts = (np.asarray(x, np.float64).reshape(-1, 2) for x in (logprobs, reference, counts))
+    logprobs, reference, counts = (
+        np.asarray(x, np.float64).reshape(-1, 2) for x in (logprobs, reference, counts)
+    )
     logprobs, reference, counts = (x[counts[:, 0] > 0] for x in (logprobs, reference, counts))
     rewards = beta * (logprobs - reference) / (counts if length_normalised else 1)
     margin = rewards[:, 0] - rewards[:, 1]
-    loss = (1 - label_smoothing) * np.log1p(np.exp(-margin)) + label_smoothing * np.log1p(np.exp(margin))
+    loss = (1 - label_smoothing) * np.log1p(np.exp(-margin)) + label_smoothing * np.log1p(
+        np.exp(margin)
+    )
     return loss, margin > 0, margin, *rewards.T
 
 
@@ -53,7 +57,9 @@ def test_loss_agrees_with_float64(beta, label_smoothing, length_normalised):
     counts[2:, 4:] = counts[5] = 0  # empty slots, and an empty row
     logprobs, of_reference = (-rng.uniform(0, 3, (6, 8)) * counts for _ in range(2))
     settings = (beta, label_smoothing, length_normalised)
-    loss, d_logprobs, sums = preference_loss(*(jnp.asarray(x, jnp.float32) for x in (logprobs, of_reference, counts)), *settings)
+    loss, d_logprobs, sums = preference_loss(
+        *(jnp.asarray(x, jnp.float32) for x in (logprobs, of_reference, counts)), *settings
+    )
     names = ("accuracy", "margin", "reward_chosen", "reward_rejected")
     expected = [each.sum() for each in float64_oracle(logprobs, of_reference, counts, *settings)]
     np.testing.assert_allclose([loss, *(sums[name] for name in names)], expected, rtol=1e-5)
@@ -61,14 +67,22 @@ def test_loss_agrees_with_float64(beta, label_smoothing, length_normalised):
     for row, column in ((0, 0), (1, 3), (4, 1), (3, 6)):  # the derivative, by differences
         shift = np.zeros_like(logprobs)
         shift[row, column] = 1e-4
-        around = [float64_oracle(logprobs + sign * shift, of_reference, counts, *settings)[0].sum() for sign in (1, -1)]
-        assert d_logprobs[row, column] == pytest.approx((around[0] - around[1]) / 2e-4, rel=1e-4, abs=1e-7)
+        around = [
+            float64_oracle(logprobs + sign * shift, of_reference, counts, *settings)[0].sum()
+            for sign in (1, -1)
+        ]
+        assert d_logprobs[row, column] == pytest.approx(
+            (around[0] - around[1]) / 2e-4, rel=1e-4, abs=1e-7
+        )
 
 
 def test_long_answers_are_summed_to_the_last_bit():
     """What DPO learns from is the small difference of two large sums: float32, added one by one, is off by several last bits."""
     rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(2, 1024, 32)).astype(np.float32), rng.normal(size=(32, MODEL.vocab_size)).astype(np.float32)
+    hidden, head = (
+        rng.normal(size=(2, 1024, 32)).astype(np.float32),
+        rng.normal(size=(32, MODEL.vocab_size)).astype(np.float32),
+    )
     segments = np.repeat([[1, 2, 3]], [600, 400, 24], 1).repeat(2, 0).astype(np.int32)
     batch = {
         "targets": rng.integers(0, MODEL.vocab_size, (2, 1024)).astype(np.int32),
@@ -76,11 +90,22 @@ def test_long_answers_are_summed_to_the_last_bit():
         "loss_weights": (segments < 3).astype(np.float32),
     }
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
-        of_token = np.asarray(jax.jit(functools.partial(token_logprobs, chunk_tokens=CHUNK))(hidden, head, batch["targets"]))
-        found, counts = jax.jit(functools.partial(objectives.answer_logprobs, segments=4, chunk_tokens=CHUNK))(hidden, head, batch)
-    expected = np.stack([np.where(segments == number, of_token, 0).astype(np.float64).sum(1) for number in (1, 2)], 1)
+        of_token = np.asarray(
+            jax.jit(functools.partial(token_logprobs, chunk_tokens=CHUNK))(
+                hidden, head, batch["targets"]
+            )
+        )
+        found, counts = jax.jit(
+            functools.partial(objectives.answer_logprobs, segments=4, chunk_tokens=CHUNK)
+        )(hidden, head, batch)
+    expected = np.stack(
+        [np.where(segments == number, of_token, 0).astype(np.float64).sum(1) for number in (1, 2)],
+        1,
+    )
     assert counts.tolist() == [[600, 400, 0, 0]] * 2
-    assert (np.abs(found[:, :2] - expected) <= np.spacing(np.abs(expected).astype(np.float32))).all(), (found, expected)
+    assert (
+        np.abs(found[:, :2] - expected) <= np.spacing(np.abs(expected).astype(np.float32))
+    ).all(), (found, expected)
     assert not found[:, 2:].any()
 
 
@@ -97,23 +122,36 @@ def side(rng, length: int, learnt: int) -> np.ndarray:
 def conversations() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     units = [[side(rng, learnt + 2, learnt)] for learnt in LEARNT]
-    (batch,) = Rows(units, [[number] for number in range(len(units))], T, 4, pairs=False).batches(len(units))
+    (batch,) = Rows(units, [[number] for number in range(len(units))], T, 4, pairs=False).batches(
+        len(units)
+    )
     assert batch["loss_weights"].sum(1).tolist() == list(LEARNT)
     return batch
 
 
 def pair_rows() -> Rows:
     rng = np.random.default_rng(2)
-    units = [[side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 15], 2)] for _ in range(sum(PAIRS))]
+    units = [
+        [side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 15], 2)]
+        for _ in range(sum(PAIRS))
+    ]
     ends = np.cumsum(PAIRS)
-    return Rows(units, [list(range(end - count, end)) for end, count in zip(ends, PAIRS)], T, SEGMENTS, pairs=True)
+    return Rows(
+        units,
+        [list(range(end - count, end)) for end, count in zip(ends, PAIRS)],
+        T,
+        SEGMENTS,
+        pairs=True,
+    )
 
 
 def pairs_with_reference() -> dict[str, np.ndarray]:
     """The reference is drawn, so that every pair has another loss."""
     rows = pair_rows()
     (batch,) = rows.batches(len(rows))
-    learnt = np.array([[sum(ids >> 31) for ids in unit] for unit in rows.units], np.float64)  # a uint32 has no minus
+    learnt = np.array(
+        [[sum(ids >> 31) for ids in unit] for unit in rows.units], np.float64
+    )  # a uint32 has no minus
     drawn = -learnt * np.random.default_rng(3).uniform(3, 8, learnt.shape)
     return reference.Reference(drawn.astype(np.float32), "").attach(batch)
 
@@ -121,15 +159,37 @@ def pairs_with_reference() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 2), (2, 1)])
 def test_the_reference_is_the_same_on_two_devices(data, fsdp, tmp_path):
     """Of two batches, the second filled up; the weights are recognised however they are laid out."""
-    about = dict(name="dpo", init_from="", batch_size=6, accumulation=1, data=dict(max_segments=SEGMENTS), loss=dict(chunk_tokens=CHUNK))
+    about = dict(
+        name="dpo",
+        init_from="",
+        batch_size=6,
+        accumulation=1,
+        data=dict(max_segments=SEGMENTS),
+        loss=dict(chunk_tokens=CHUNK),
+    )
     feed, start, found = Feed({}, None, {}, [pair_rows()]), params(), []
     for folder, shape in (("one", (1, 1)), ("two", (data, fsdp))):
         (tmp_path / folder).mkdir()
         mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
         with sharding.use_mesh(mesh):
             laid_out = functools.partial(jax.device_put, start, state_on(mesh, start)[1].params)
-            found.append(reference.open_reference(ConfigDict(about), tmp_path / folder, feed, None, laid_out, MODEL, float(THETA), mesh))
-    assert found[0].weights == found[1].weights and found[0].logprobs.shape == (sum(PAIRS), 2) and (found[0].logprobs < 0).all()
+            found.append(
+                reference.open_reference(
+                    ConfigDict(about),
+                    tmp_path / folder,
+                    feed,
+                    None,
+                    laid_out,
+                    MODEL,
+                    float(THETA),
+                    mesh,
+                )
+            )
+    assert (
+        found[0].weights == found[1].weights
+        and found[0].logprobs.shape == (sum(PAIRS), 2)
+        and (found[0].logprobs < 0).all()
+    )
     np.testing.assert_allclose(*(each.logprobs for each in found), rtol=1e-5)
 
 
@@ -154,15 +214,33 @@ def test_every_change_of_the_data_or_the_weights_changes_their_fingerprint():
     changes = (lambda units: None, another_token, not_learnt, other_sides, other_order)
     assert len({of_data(change) for change in changes}) == len(changes)
     start = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
-    others = [start, start | {"b": jnp.ones(3).at[1].set(1 + 2**-23)}, start | {"a": start["a"][::-1]}, start | {"a": start["a"].at[:, :2].set(0)}]
-    others += [start | {"a": start["a"][:, jnp.array([1, 0, 2])]}, {"b": start["a"], "a": start["b"]}]
+    others = [
+        start,
+        start | {"b": jnp.ones(3).at[1].set(1 + 2**-23)},
+        start | {"a": start["a"][::-1]},
+        start | {"a": start["a"].at[:, :2].set(0)},
+    ]
+    others += [
+        start | {"a": start["a"][:, jnp.array([1, 0, 2])]},
+        {"b": start["a"], "a": start["b"]},
+    ]
     assert len({reference.checksum(params) for params in others}) == len(others)
 
 
 OBJECTIVES = {
-    "next_token": (functools.partial(objectives.next_token, model=MODEL, z_loss=1e-4, chunk_tokens=CHUNK), conversations),
+    "next_token": (
+        functools.partial(objectives.next_token, model=MODEL, z_loss=1e-4, chunk_tokens=CHUNK),
+        conversations,
+    ),
     "preference": (
-        functools.partial(objectives.preference, model=MODEL, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=False),
+        functools.partial(
+            objectives.preference,
+            model=MODEL,
+            chunk_tokens=CHUNK,
+            beta=0.1,
+            label_smoothing=0.1,
+            length_normalised=False,
+        ),
         pairs_with_reference,
     ),
 }
@@ -171,7 +249,12 @@ OBJECTIVES = {
 def state_on(mesh, start):
     """That of training before its first step, and its shardings; the initialisers are not compiled, which takes longer than the tests."""
     _, _, shardings = step.init_state(MODEL, ADAMW, mesh, seed=0)
-    state = step.TrainState(step=np.int32(0), skipped=np.int32(0), params=start, opt_state=jax.device_get(ADAMW.init(start)))
+    state = step.TrainState(
+        step=np.int32(0),
+        skipped=np.int32(0),
+        params=start,
+        opt_state=jax.device_get(ADAMW.init(start)),
+    )
     return jax.device_put(state, shardings), shardings
 
 
@@ -183,10 +266,16 @@ def train(name, data, fsdp, accumulation, steps=2):
     with sharding.use_mesh(mesh):
         state, shardings = state_on(mesh, start)
         run = functools.partial(
-            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=MODEL.dtype,
-            learning_rate=functools.partial(optimizer.wsd_schedule, peak=1e-3, warmup_steps=1, decay_start=15, total_steps=20),
+            step.train_step,
+            objective=objective,
+            optimizer=ADAMW,
+            accumulation=accumulation,
+            compute_dtype=MODEL.dtype,
+            learning_rate=functools.partial(
+                optimizer.wsd_schedule, peak=1e-3, warmup_steps=1, decay_start=15, total_steps=20
+            ),
             rope_theta=lambda _: jnp.float32(THETA),
-        )  # fmt: skip
+        )
         compiled = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))
         metrics = []
         for _ in range(steps):
@@ -208,8 +297,13 @@ def test_the_loss_is_the_mean_over_all_tokens_or_pairs(name):
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     with sharding.use_mesh(mesh):
         run = jax.jit(functools.partial(step.validation_step, objective=objective))
-        rows = [run(start, {key: array[i : i + 1] for key, array in batch.items()}, THETA) for i in range(8)]
-    weights, losses = (np.array([row[key] for row in rows], np.float64) for key in ("weight", "loss"))
+        rows = [
+            run(start, {key: array[i : i + 1] for key, array in batch.items()}, THETA)
+            for i in range(8)
+        ]
+    weights, losses = (
+        np.array([row[key] for row in rows], np.float64) for key in ("weight", "loss")
+    )
     assert weights.tolist() == list(LEARNT if name == "next_token" else PAIRS)
     found = alone(name)[0][0]
     assert found["loss"] == pytest.approx(losses.sum() / weights.sum(), rel=1e-5)
@@ -222,14 +316,34 @@ def test_what_is_logged_is_that_of_float64(length_normalised):
     """Of the model's own log-probabilities; `kl` is per token of an answer, the mean of both sides."""
     batch, start = pairs_with_reference(), params()
     objective = functools.partial(
-        objectives.preference, model=MODEL, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.1, length_normalised=length_normalised
+        objectives.preference,
+        model=MODEL,
+        chunk_tokens=CHUNK,
+        beta=0.1,
+        label_smoothing=0.1,
+        length_normalised=length_normalised,
     )
     with sharding.use_mesh(sharding.make_mesh(1, 1, devices=jax.devices()[:1])):
-        sums = jax.jit(functools.partial(step.validation_step, objective=objective))(start, batch, THETA)
-        ask = functools.partial(reference._logprobs, model=MODEL, segments=SEGMENTS, chunk_tokens=CHUNK)
+        sums = jax.jit(functools.partial(step.validation_step, objective=objective))(
+            start, batch, THETA
+        )
+        ask = functools.partial(
+            reference._logprobs, model=MODEL, segments=SEGMENTS, chunk_tokens=CHUNK
+        )
         logprobs = jax.jit(ask)(start, batch, THETA)
-    counts = np.stack([(batch["loss_weights"] * (batch["segment_ids"] == number)).sum(1) for number in range(1, SEGMENTS + 1)], 1)
-    expected = [each.sum() for each in float64_oracle(logprobs, batch["reference_logprobs"], counts, 0.1, 0.1, length_normalised)]
+    counts = np.stack(
+        [
+            (batch["loss_weights"] * (batch["segment_ids"] == number)).sum(1)
+            for number in range(1, SEGMENTS + 1)
+        ],
+        1,
+    )
+    expected = [
+        each.sum()
+        for each in float64_oracle(
+            logprobs, batch["reference_logprobs"], counts, 0.1, 0.1, length_normalised
+        )
+    ]
     names = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected")
     np.testing.assert_allclose([sums[name] for name in names], expected, rtol=1e-4)
     difference = np.asarray(batch["reference_logprobs"], np.float64) - logprobs
@@ -247,7 +361,10 @@ def test_devices_and_microbatches_change_nothing(name, data, fsdp, accumulation)
         for key in a:
             np.testing.assert_allclose(a[key], b[key], rtol=1e-5, atol=1e-5, err_msg=key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, trained)
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), trained, params()))) > 1e-3
+    assert (
+        max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), trained, params())))
+        > 1e-3
+    )
 
 
 # ---- Where it starts
@@ -261,17 +378,33 @@ def test_at_the_reference_it_is_log_2(dtype, accumulation):
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     with sharding.use_mesh(mesh):
         state, shardings = state_on(mesh, start)
-        settings = dict(rope_theta=THETA, mesh=mesh, batch_size=len(rows) // accumulation, chunk_tokens=CHUNK)
+        settings = dict(
+            rope_theta=THETA, mesh=mesh, batch_size=len(rows) // accumulation, chunk_tokens=CHUNK
+        )
         logprobs = reference.pair_logprobs(state.params, [rows], model=model, **settings)
         assert (logprobs < 0).all()
-        objective = functools.partial(objectives.preference, model=model, chunk_tokens=CHUNK, beta=0.1, label_smoothing=0.0, length_normalised=False)
+        objective = functools.partial(
+            objectives.preference,
+            model=model,
+            chunk_tokens=CHUNK,
+            beta=0.1,
+            label_smoothing=0.0,
+            length_normalised=False,
+        )
         run = functools.partial(
-            step.train_step, objective=objective, optimizer=ADAMW, accumulation=accumulation, compute_dtype=dtype,
-            learning_rate=lambda _: jnp.float32(1e-3), rope_theta=lambda _: jnp.float32(THETA),
-        )  # fmt: skip
+            step.train_step,
+            objective=objective,
+            optimizer=ADAMW,
+            accumulation=accumulation,
+            compute_dtype=dtype,
+            learning_rate=lambda _: jnp.float32(1e-3),
+            rope_theta=lambda _: jnp.float32(THETA),
+        )
         (batch,) = rows.batches(len(rows))
         attached = reference.Reference(logprobs, "").attach(batch)
-        _, metrics = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))(state, sharding.put_batch(attached, mesh))
+        _, metrics = jax.jit(run, out_shardings=(shardings, sharding.replicated(mesh)))(
+            state, sharding.put_batch(attached, mesh)
+        )
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("accuracy", "margin", "reward_chosen", "reward_rejected", "kl"):
         assert metrics[name] == pytest.approx(0, abs=1e-6), name

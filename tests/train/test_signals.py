@@ -16,7 +16,9 @@ def default_hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
+)
 def test_a_signal_asks_to_stop(number, capfd):
     before = [signal.getsignal(each) for each in STOPPING]
     with stop_signals() as stop_requested:
@@ -25,7 +27,10 @@ def test_a_signal_asks_to_stop(number, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested(False)
     assert [signal.getsignal(each) for each in STOPPING] == before
-    assert capfd.readouterr().err == f"received {number.name}: saving and stopping; Ctrl-C ends it without saving\n"
+    assert (
+        capfd.readouterr().err
+        == f"received {number.name}: saving and stopping; Ctrl-C ends it without saving\n"
+    )
 
 
 def test_sigint_after_another_signal_ends_at_once(monkeypatch, capfd):
@@ -35,7 +40,10 @@ def test_sigint_after_another_signal_ends_at_once(monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop_requested(False) and not ended
         os.kill(os.getpid(), signal.SIGINT)
-    assert ended == [130] and capfd.readouterr().err.splitlines()[-1] == "error: interrupted; saved files are intact"
+    assert (
+        ended == [130]
+        and capfd.readouterr().err.splitlines()[-1] == "error: interrupted; saved files are intact"
+    )
 
 
 def test_nohup_stays_in_force():

@@ -1,0 +1,61 @@
+"""Compiles the real training step for GPUs that are not there: what it will take of their memory, what it gathers, what it computes twice."""
+
+import dataclasses
+import os
+import pathlib
+import time
+
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from nanollama_jax import sharding
+from nanollama_jax.errors import BadInput
+from nanollama_jax.model import ModelConfig
+from nanollama_jax.train import step
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    bytes: int  # of one device at the peak, without cuDNN's workspace
+    hlo: str  # the optimised program
+    seconds: float
+
+
+def compile_for(
+    config: ConfigDict, model: ModelConfig, devices: int, target_config: str | os.PathLike
+) -> Compiled:
+    """The stage's step for `devices` GPUs of the kind that `target_config` describes (XLA's GpuTargetConfigProto as text). Needs jax's CUDA plugin,
+    0.11 or later, but neither a GPU nor its driver. Matrix products are not tuned in it. Raises BadInput if the plugin or the file is missing."""
+    try:
+        description = pathlib.Path(target_config).read_text()
+        topology = topologies.get_topology_desc(
+            topology_name="gpu",
+            platform="cuda",
+            target_config=description,
+            topology=f"1x1x{devices}",
+        )
+    except OSError as error:
+        raise BadInput(
+            f"{target_config}: {error.strerror}: give XLA's description of the GPU (tools/plan.py --help says where to get one)"
+        ) from error
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"compiling for GPUs needs jax 0.11 or later with its CUDA plugin (pip install 'jax[cuda13]'), on Python 3.12: {why}"
+        ) from error
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology.devices)
+    with sharding.use_mesh(mesh):
+        started = time.monotonic()
+        program = step.program(config, model, mesh)
+        lowered = program.update.trace(program.state_shapes, program.batch_shapes).lower(
+            lowering_platforms=("cuda",)
+        )
+        compiled = lowered.compile()
+    m = compiled.memory_analysis()
+    total = (
+        m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+    return Compiled(total, compiled.as_text(), time.monotonic() - started)
