@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from nanollama_jax import checkpoint
+from nanollama_jax.checkpoint.metadata import provenance
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export.hf import check_whole, finite, hf_names, to_hf
-from nanollama_jax.export.model_card import provenance
 from nanollama_jax.export.tokenizer_json import (
     CHAT_TEMPLATE,
     PLAIN_CHAT_TEMPLATE,
@@ -125,7 +125,9 @@ def write(loaded: checkpoint.Loaded, path: pathlib.Path, kind: str) -> None:
     writer.add_rope_dimension_count(m.head_dim)
     writer.add_rope_freq_base(loaded.rope_theta)
     writer.add_layer_norm_rms_eps(m.norm_eps)
-    add_tokenizer(writer, loaded.tokenizer, chat_templates(loaded.tokenizer, loaded.metadata))
+    add_tokenizer(
+        writer, loaded.tokenizer, chat_templates(loaded.tokenizer, loaded.metadata.chat_template)
+    )
 
     names = {gguf_name(name): place for name, place in hf_names(m).items()}
     for name, place in names.items():

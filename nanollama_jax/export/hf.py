@@ -22,8 +22,9 @@ import safetensors
 from safetensors.numpy import save_file
 
 from nanollama_jax import checkpoint
+from nanollama_jax.checkpoint.metadata import parse_provenance, provenance
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
+from nanollama_jax.export.model_card import model_card
 from nanollama_jax.export.tokenizer_json import (
     chat_templates,
     import_chat_templates,
@@ -142,7 +143,7 @@ def export(
         files |= tokenizer_files(
             loaded.tokenizer,
             loaded.context_length,
-            chat_templates(loaded.tokenizer, loaded.metadata),
+            chat_templates(loaded.tokenizer, loaded.metadata.chat_template),
         )
         files["README.md"] = model_card(loaded.model, loaded.metadata, dtype).encode()
         for name, contents in files.items():
@@ -294,17 +295,20 @@ def read(folder: str | os.PathLike) -> checkpoint.Loaded:
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces and config.json says vocab_size={model.vocab_size}: they must agree"
         )
     params = _read_params(folder, model, config.get("tie_word_embeddings") is True)
-    origin = restored_provenance(config.get("nanollama")) or {
-        "imported_from": folder.resolve().name
-    }
-    metadata = checkpoint.weights_metadata(model, tokenizer, rope_theta, context_length, origin)
+    origin = parse_provenance(config.get("nanollama")) or {"imported_from": folder.resolve().name}
     about_tokenizer = (
         _read_json(folder / "tokenizer_config.json")
         if (folder / "tokenizer_config.json").exists()
         else {}
     )
-    if templates := import_chat_templates(folder, about_tokenizer):
-        metadata["chat_template"] = templates
+    metadata = checkpoint.weights_metadata(
+        model,
+        tokenizer,
+        rope_theta,
+        context_length,
+        origin,
+        import_chat_templates(folder, about_tokenizer),
+    )
     return checkpoint.Loaded(model, params, tokenizer, metadata, folder)
 
 

@@ -1,75 +1,9 @@
-"""Where a model comes from, as data (`provenance`, which travels in an export's config.json) and as the page that the hub shows (`model_card`)."""
+"""The model card of an exported folder: the page that the Hugging Face hub shows."""
 
 from typing import Any
 
+from nanollama_jax.checkpoint.metadata import Metadata, provenance
 from nanollama_jax.model import ModelConfig
-
-
-def provenance(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What an export says of its training; that of an imported model is what its folder said. No paths and no addresses: those may be private."""
-    if metadata.get("weights_only"):
-        return metadata["provenance"]
-    origin = {"started_from": metadata["provenance"]} if metadata.get("provenance") else {}
-    return origin | {
-        "phase": metadata["phase"],
-        "step": metadata["step"],
-        "tokens_seen": metadata["tokens_seen"],
-        "corpora": dict(sorted(trained_on(metadata).items())),
-        "tokenizer_sha256": metadata["tokenizer_sha256"],
-        "data_sha256": metadata["data_sha256"],
-        "git_commit": metadata["git_commit"],
-    }
-
-
-def trained_on(metadata: dict[str, Any]) -> dict[str, str]:
-    """Corpus -> licence, of all that a checkpoint's steps read: in fine-tuning those of its own stage, in pre-training of all before it too."""
-    if metadata.get("weights_only"):
-        return {}
-    if "corpora" in metadata:
-        return metadata["corpora"]
-    config = metadata["config"]  # of before it was noted: what the recipe names
-    named = (
-        config.get("corpora", {})
-        if config.get("task", "pretrain") == "pretrain"
-        else config["tuning"]
-    )
-    return {name: named[name]["licence"] for name in config["data"]["sources"] if name in named}
-
-
-_KINDS = {
-    "phase": str,
-    "step": int,
-    "tokens_seen": int,
-    "corpora": dict,
-    "tokenizer_sha256": str,
-    "data_sha256": str,
-    "git_commit": str,
-}
-
-
-def restored_provenance(found: Any) -> dict[str, Any] | None:
-    """What `provenance` once wrote, from a file that is not trusted; None for anything else."""
-    if not isinstance(found, dict):
-        return None
-    rest = {key: value for key, value in found.items() if key != "started_from"}
-    if rest.keys() == {"imported_from"}:
-        good = isinstance(rest["imported_from"], str) and rest["imported_from"].isprintable()
-    else:
-        good = rest.keys() == _KINDS.keys() and all(
-            isinstance(rest[key], kind) for key, kind in _KINDS.items()
-        )
-        texts = (
-            [
-                *(value for value in rest.values() if isinstance(value, str)),
-                *(part for item in rest.get("corpora", {}).items() for part in item),
-            ]
-            if good
-            else []
-        )
-        good = good and all(isinstance(text, str) and text.isprintable() for text in texts)
-    if not good or ("started_from" in found and restored_provenance(found["started_from"]) is None):
-        return None
-    return found
 
 
 def _origin(about: dict[str, Any]) -> str:
@@ -78,7 +12,7 @@ def _origin(about: dict[str, Any]) -> str:
     return f"step {about['step']:,} of {about['phase']} ({', '.join(about['corpora'])})"
 
 
-def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
+def model_card(model: ModelConfig, metadata: Metadata, dtype: str) -> str:
     """README.md of an exported folder, with the hub's front matter."""
     about = provenance(metadata)
     lines = [
@@ -91,7 +25,7 @@ def model_card(model: ModelConfig, metadata: dict[str, Any], dtype: str) -> str:
         f"# A Llama of {model.num_params / 1e6:,.1f}M parameters",
         "",
         f"{model.num_layers} layers, width {model.d_model}, {model.num_heads} query and {model.num_kv_heads} key/value heads, FFN {model.ffn_dim}, "
-        f"vocabulary {model.vocab_size:,}, context {metadata['context_length']:,}, RoPE theta {metadata['rope_theta']:,.0f}. Stored as {dtype}.",
+        f"vocabulary {model.vocab_size:,}, context {metadata.context_length:,}, RoPE theta {metadata.rope_theta:,.0f}. Stored as {dtype}.",
         "",
     ]
     if "step" in about:

@@ -30,11 +30,9 @@ def read_model(tokenizer: Tokenizer, file_format: str) -> spm.ModelProto:
     return spm.ModelProto.FromString(tokenizer.model_bytes)
 
 
-def chat_templates(tokenizer: Tokenizer, metadata: dict[str, Any]) -> dict[str, str]:
+def chat_templates(tokenizer: Tokenizer, imported: dict[str, str]) -> dict[str, str]:
     """Name -> template, "default" first: those that an imported folder had (`import_chat_templates`), ours for a chat vocabulary, or none."""
-    return metadata.get("chat_template") or (
-        {"default": CHAT_TEMPLATE} if tokenizer.is_chat else {}
-    )
+    return imported or ({"default": CHAT_TEMPLATE} if tokenizer.is_chat else {})
 
 
 def tokenizer_files(

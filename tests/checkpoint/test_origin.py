@@ -2,8 +2,9 @@
 
 import pytest
 
-from nanollama_jax.checkpoint.origin import changes, check_changes, schedules
+from nanollama_jax.checkpoint.origin import changes, check_changes
 from nanollama_jax.errors import BadInput
+from nanollama_jax.train.optimizer import schedules
 
 
 def config(end_step=100, peak_lr=1e-3, theta=(1e4, 1e5), kind="ramp", **schedule):
@@ -26,7 +27,7 @@ def test_changes_are_named():
         "d": (2, None),
         "e": (None, 3),
     }
-    assert check_changes(config(), config(), 50) == ""
+    assert check_changes(config(), config(), 50, schedules) == ""
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_changes_are_named():
     ],
 )
 def test_what_is_asked_for_or_does_not_jump_is_said(before, now, step, says):
-    line = check_changes(before, now, step)
+    line = check_changes(before, now, step, schedules)
     assert says in line and line.startswith(f"config changed at step {step}: ") and "\n" not in line
 
 
@@ -89,12 +90,12 @@ def test_a_theta_that_would_jump_is_refused_with_the_value_that_keeps_it(step, e
     with pytest.raises(
         BadInput, match=f"with end_step 100 -> {end} RoPE theta would jump at step {step} from"
     ) as caught:
-        check_changes(config(), config(end), step)
+        check_changes(config(), config(end), step, schedules)
     start = float(str(caught.value).partition("rope.start_theta=")[2].split()[0])
     kept = config(end, theta=(start, 1e5))
     assert schedules(kept, step)[1] == pytest.approx(schedules(config(), step)[1], rel=1e-3)
     assert schedules(kept, end)[1] == pytest.approx(1e5)
-    assert "rope.start_theta" in check_changes(config(), kept, step)
+    assert "rope.start_theta" in check_changes(config(), kept, step, schedules)
 
 
 def test_a_rate_that_would_jump_is_refused_with_the_values_that_say_what_is_wanted():
@@ -103,10 +104,10 @@ def test_a_rate_that_would_jump_is_refused_with_the_values_that_say_what_is_want
         BadInput,
         match="would jump at step 250 from 0.0005 to 0.000667: .*decay_start=250 .*peak_lr=0.00075 to stay",
     ) as caught:
-        check_changes(before, now, 250)
+        check_changes(before, now, 250, schedules)
     assert "end_step 300 -> 350, schedule.total_steps 300 -> 350" in str(caught.value)
     assert schedules(config(350, peak_lr=0.00075, theta=FLAT, total_steps=350), 250)[
         0
     ] == pytest.approx(5e-4)
     with pytest.raises(BadInput, match="would jump at step 300 from 0 to .*decay_start=300 "):
-        check_changes(before, now, 300)
+        check_changes(before, now, 300, schedules)

@@ -12,14 +12,26 @@ import jax
 import numpy as np
 import pytest
 
-from nanollama_jax import sharding
-from nanollama_jax.checkpoint import store as checkpoint
+from nanollama_jax import checkpoint, sharding
+from nanollama_jax.checkpoint import integrity
+from nanollama_jax.checkpoint.folders import steps_in
 from nanollama_jax.corpus.prepare import train_tokenizer_for
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
 STATE = {"weights": np.arange(6.0, dtype=np.float32), "step": np.int32(3)}
+RECORD = checkpoint.Metadata(
+    weights_only=True,
+    phase="imported",
+    step=0,
+    tokens_seen=0,
+    model=ModelConfig(8, 1, 4, 1, 1, 4, 4),
+    rope_theta=1e4,
+    context_length=8,
+    tokenizer_sha256="",
+    provenance={"imported_from": "a test"},
+)
 SHAPES = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), STATE)
 
 
@@ -67,10 +79,8 @@ def small(workdir, *steps_and_losses, **options) -> list[int]:
     """Saves checkpoints of `STATE`; gives the steps that are there in the end."""
     with contextlib.closing(checkpoint.Checkpoints(workdir, **options)) as checkpoints:
         for step, loss in steps_and_losses:
-            checkpoints.save(
-                step, STATE, {}, {"model": {"packed_documents": 1}}, b"", validation_loss=loss
-            )
-    return [step for step, _ in checkpoint._steps(workdir / "checkpoints")]
+            checkpoints.save(step, STATE, {}, RECORD.to_dict(), b"", validation_loss=loss)
+    return steps_in(workdir / "checkpoints")
 
 
 def as_earlier_versions_wrote(folder: pathlib.Path, **changes) -> None:
@@ -152,12 +162,12 @@ def test_a_checkpoint_without_checksums_opens_with_a_warning(workdir, monkeypatc
     as_earlier_versions_wrote(workdir / "checkpoints/step_20")
     warnings = []
     monkeypatch.setattr(
-        checkpoint.log, "warning", lambda form, *values: warnings.append(form % values)
+        integrity.log, "warning", lambda form, *values: warnings.append(form % values)
     )
     assert checkpoint.load(workdir).model.num_layers == 2
     assert (
         len(warnings) == 1
-        and "step_20 is of an earlier version and has no checksums" in warnings[0]
+        and "step_20 is from an earlier version and has no checksums" in warnings[0]
     )
     checkpoint.load(workdir / "checkpoints/step_10")
     assert len(warnings) == 1
@@ -182,7 +192,7 @@ def test_metadata_that_disagrees_with_the_arrays(workdir, changes):
 def test_a_checkpoint_is_opened_inside_a_mesh(pristine):
     """As where fine-tuning starts from it."""
     with sharding.use_mesh(sharding.make_mesh(1, 2)):
-        assert checkpoint.load(pristine).metadata["step"] == 0
+        assert checkpoint.load(pristine).metadata.step == 0
 
 
 def test_a_tokenizer_that_is_not_the_models(workdir):
@@ -204,22 +214,22 @@ def test_a_checkpoint_has_its_checksums_before_it_has_its_name(tmp_path, monkeyp
             return digests(folder, names)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    digests = checkpoint._sha256_of
-    monkeypatch.setattr(checkpoint, "_sha256_of", fails)
+    digests = integrity._sha256_of
+    monkeypatch.setattr(integrity, "_sha256_of", fails)
     with pytest.raises(BadInput, match="is full"):
         small(tmp_path, (2, None))
     assert checkpoint.find(tmp_path) == (tmp_path, 1) and checkpoint.reported_saved(tmp_path) == 1
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile(workdir, monkeypatch):
-    digests = checkpoint._sha256_of
+    digests = integrity._sha256_of
 
     def later(folder, names):
         if len(names) > 1:
             shutil.rmtree(folder)
         return digests(folder, names)
 
-    monkeypatch.setattr(checkpoint, "_sha256_of", later)
+    monkeypatch.setattr(integrity, "_sha256_of", later)
     with pytest.raises(BadInput, match="step_20 was deleted while it was read"):
         checkpoint.load(workdir)
 

@@ -17,10 +17,11 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from nanollama_jax import checkpoint
 from nanollama_jax.chat import chatml as chat
 from nanollama_jax.chat.conversations import Message
+from nanollama_jax.checkpoint.metadata import parse_provenance, provenance
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf, hf, llama2c
 from nanollama_jax.export.compare import Transformers
-from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
+from nanollama_jax.export.model_card import model_card
 from nanollama_jax.files import write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import llama
@@ -186,7 +187,7 @@ def test_training_goes_on_from_an_import(exported, trained, tmp_path):
     ]["validation_perplexity"]["code"]
     assert rows[0]["validation_perplexity"]["code"] == pytest.approx(before, rel=1e-4)
     after = checkpoint.load(tmp_path / "run").metadata
-    assert after["step"] == 2 and after["provenance"]["phase"] == "phase1"
+    assert after.step == 2 and after.provenance["phase"] == "phase1"
     with pytest.raises(BadInput, match="holds imported weights"):
         train(config, tmp_path / "imported")
 
@@ -436,16 +437,14 @@ def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
         hf.read(tmp_path / "shards")
 
 
-def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_path):
-    about = {"weights_only": True, "provenance": {"imported_from": "TinyLlama-1.1B"}}
-    assert provenance(about) == {"imported_from": "TinyLlama-1.1B"}
-    trained_on = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text()) | {
-        "provenance": about["provenance"]
-    }
+def test_where_the_weights_come_from_is_not_forgotten(loaded, exported, tmp_path):
+    origin = {"imported_from": "TinyLlama-1.1B"}
+    assert provenance(dataclasses.replace(imported(loaded), provenance=origin)) == origin
+    trained_on = dataclasses.replace(loaded.metadata, provenance=origin)
     found = provenance(trained_on)
-    assert found["started_from"] == about["provenance"] and restored_provenance(found) == found
+    assert found["started_from"] == origin and parse_provenance(found) == found
     assert "Started from the weights of TinyLlama-1.1B" in model_card(
-        checkpoint.load(trained).model, trained_on, "float32"
+        loaded.model, trained_on, "float32"
     )
     for untrusted in (
         "x",
@@ -456,27 +455,31 @@ def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_pat
         found | {"step": "x"},
         found | {"corpora": {"a": "b\n"}},
     ):
-        assert restored_provenance(untrusted) is None
+        assert parse_provenance(untrusted) is None
     folder = broken(exported, tmp_path / "odd", nanollama="x")
-    assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
+    assert hf.read(folder).metadata.provenance == {"imported_from": "odd"}
 
 
-def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(trained):
-    metadata = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text())
-    assert metadata["corpora"] == {"code": "PSF-2.0"}
-    config = metadata["config"]
-    config["corpora"]["never_read"] = {"url": "builtin://docs", "licence": "secret"}
-    metadata["corpora"] = {"code": "not stated", "books": "CC0"}  # books: of a phase before
-    card = model_card(checkpoint.load(trained).model, metadata, "float32")
+def imported(loaded: checkpoint.Loaded) -> checkpoint.Metadata:
+    return checkpoint.weights_metadata(loaded.model, loaded.tokenizer, 1e4, 128, {})
+
+
+def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(loaded):
+    metadata = loaded.metadata
+    assert metadata.corpora == {"code": "PSF-2.0"}
+    never_read = {"never_read": {"url": "builtin://docs", "licence": "secret"}}
+    config = metadata.config | {"corpora": metadata.config["corpora"] | never_read}
+    # books: of a stage before
+    corpora = {"code": "not stated", "books": "CC0"}
+    changed = dataclasses.replace(metadata, config=config, corpora=corpora)
+    card = model_card(loaded.model, changed, "float32")
     assert (
         "| books | CC0 |\n| code | not stated |\n" in card
         and "never_read" not in card
         and "PSF" not in card
     )
-    before = {
-        key: value for key, value in metadata.items() if key != "corpora"
-    }  # an older checkpoint
-    assert provenance(before)["corpora"] == {"code": "PSF-2.0"}
+    earlier = {key: value for key, value in changed.to_dict().items() if key != "corpora"}
+    assert provenance(checkpoint.Metadata.from_dict(earlier))["corpora"] == {"code": "PSF-2.0"}
 
 
 def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):

@@ -394,7 +394,7 @@ def test_a_chat_template_survives_import_and_export(kind, base, tmp_path):
     )
     loaded = checkpoint.load(written)
     hf.export(loaded, tmp_path / "again", "float32")
-    assert hf.read(tmp_path / "again").metadata.get("chat_template", {}) == templates
+    assert hf.read(tmp_path / "again").metadata.chat_template == templates
     if "default" in templates and len(templates) == 1:
         assert (tmp_path / "again/chat_template.jinja").read_bytes() == TEMPLATE.encode()
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "again").chat_template
