@@ -1,4 +1,4 @@
-"""Where checkpoints lie: `WORKDIR/checkpoints/step_N`, one folder each. Reads names, no contents."""
+"""Where checkpoints lie: one folder each, `WORKDIR/checkpoints/step_N`."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int] | None:
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether `folder` is one checkpoint of a run: `checkpoints/step_N` with a checkpoint's items."""
+    """Whether `folder` is a checkpoint of a run: `checkpoints/step_N` with a checkpoint's items."""
     return folder.parent.name == FOLDER and step_of(folder) is not None and _holds_items(folder)
 
 

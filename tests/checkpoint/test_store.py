@@ -1,4 +1,4 @@
-"""A checkpoint is known by what is in it, and used only if every byte of it is what was written."""
+"""A checkpoint is used only if every byte of it is what was written. Retention, and finding one."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ SHAPES = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtyp
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> pathlib.Path:
-    """A workdir with whole models at steps 10 and 20."""
+    """A workdir with complete checkpoints at steps 10 and 20."""
     root = tmp_path_factory.mktemp("pristine")
     (root / "text.txt").write_text(
         "".join(f"some words to learn {i} pieces from\n" for i in range(500))
@@ -71,12 +71,12 @@ def pristine(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def workdir(pristine, tmp_path) -> pathlib.Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return pathlib.Path(shutil.copytree(pristine, tmp_path / "run"))
 
 
 def small(workdir, *steps_and_losses, **options) -> list[int]:
-    """Saves checkpoints of `STATE`; gives the steps that are there in the end."""
+    """Saves checkpoints of `STATE`; returns the steps that exist in the end."""
     with contextlib.closing(checkpoint.Checkpoints(workdir, **options)) as checkpoints:
         for step, loss in steps_and_losses:
             checkpoints.save(step, STATE, {}, RECORD.to_dict(), b"", validation_loss=loss)
@@ -93,7 +93,7 @@ def as_earlier_versions_wrote(folder: pathlib.Path, **changes) -> None:
 
 
 def restore(workdir):
-    checkpoint.read_metadata(workdir, 20)  # as a run does before
+    checkpoint.read_metadata(workdir, 20)  # as a run does first
     with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
         return checkpoints.restore(20, SHAPES, jax.tree.map(lambda _: None, SHAPES))
 
@@ -189,8 +189,30 @@ def test_metadata_that_disagrees_with_the_arrays(workdir, changes):
         checkpoint.load(workdir)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"step": "20"}, "metadata has step='20', not int"),
+        ({"model": {"packed_documents": 8}}, "missing 7 required"),
+        ({"rope_theta": None}, "rope_theta: not in the metadata"),
+        ({"config": [], "weights_only": False}, "data_sha256, git_commit: not in the metadata"),
+    ],
+)
+def test_metadata_of_wrong_types_is_damage_in_one_line(workdir, changes, reason):
+    folder = workdir / "checkpoints/step_20"
+    as_earlier_versions_wrote(folder)
+    path = folder / "metadata/metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for read in (checkpoint.load, lambda workdir: checkpoint.read_metadata(workdir, 20)):
+        with pytest.raises(
+            BadInput, match=f"step_20 is damaged .*{reason}.*: to go back"
+        ) as caught:
+            read(workdir)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_is_opened_inside_a_mesh(pristine):
-    """As where fine-tuning starts from it."""
+    """As fine-tuning does."""
     with sharding.use_mesh(sharding.make_mesh(1, 2)):
         assert checkpoint.load(pristine).metadata.step == 0
 
@@ -239,7 +261,7 @@ def test_the_best_validated_one_is_kept(tmp_path):
     assert small(
         tmp_path, (1, 3.0), (2, 1.0), (3, None), (4, nan), (5, 2.0), (6, None), keep_last=2
     ) == [2, 5, 6]
-    # known after a restart, and to one that is better; what is kept for good stays besides
+    # The best one is remembered after a restart; `keep_every` is independent of it.
     assert small(
         tmp_path, (7, None), (8, 0.5), (9, None), (10, 4.0), keep_last=1, keep_every=7
     ) == [7, 8, 10]

@@ -1,4 +1,4 @@
-"""A model of random weights for any tokenizer, for exports whose weights do not matter."""
+"""A model with random weights for any tokenizer, for tests in which weights do not matter."""
 
 import jax
 import numpy as np
