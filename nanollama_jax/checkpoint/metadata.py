@@ -4,6 +4,7 @@ It is stored as JSON in the checkpoint's `metadata` item, under the names of its
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any
@@ -13,6 +14,7 @@ from nanollama_jax.model import ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
 TASKS = ("pretrain", "sft", "dpo")  # in curriculum order; each counts its own steps
+_empty = functools.partial(dataclasses.field, default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +30,19 @@ class Metadata:
     tokenizer_sha256: str
     # Of training
     data_sha256: str = ""  # over the manifests of the sources
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the recipe, as JSON
+    config: dict[str, Any] = _empty()  # the recipe, as JSON
     git_commit: str = ""
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # library -> version
-    corpora: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> licence, all read
-    shuffle_windows: dict[str, int] = dataclasses.field(default_factory=dict)  # source -> rows
-    lowest_loss: dict[str, float] = dataclasses.field(default_factory=dict)  # kind -> nats a token
+    versions: dict[str, str] = _empty()  # library -> version
+    corpora: dict[str, str] = _empty()  # name -> licence, all read
+    shuffle_windows: dict[str, int] = _empty()  # source -> rows
+    lowest_loss: dict[str, float] = _empty()  # kind -> nats a token
     reference_weights: str | None = None  # DPO: checksum of the reference model's parameters
     # Of the initial weights: `provenance()` of what they come from, None for a random start
     provenance: dict[str, Any] | None = None
     # Of an import
     weights_only: bool = False  # no optimizer state and no data position
-    chat_template: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> Jinja
-    # The name of the file of checksums. Without it the checkpoint is of an earlier version.
+    chat_template: dict[str, str] = _empty()  # name -> Jinja
+    # The name of the file of checksums; None in checkpoints of earlier versions, which have none.
     checksums: str | None = None
 
     @property
@@ -64,17 +66,18 @@ class Metadata:
 
         Raises KeyError, TypeError or ValueError for a key that is missing or has another type.
         """
-        hints = typing.get_type_hints(cls)
         known = {
-            name: value for name, value in found.items() if name in hints and value is not None
+            name: value for name, value in found.items() if name in _TYPES and value is not None
         }
         of_kind = {"provenance"} if known.get("weights_only") else _REQUIRED_IN_TRAINING
         if missing := sorted((_REQUIRED | of_kind) - known.keys()):
             raise KeyError(f"{', '.join(missing)}: not in the metadata")
-        known["model"] = _model(known["model"])
-        for name, value in known.items():
-            if not _is_a(value, hints[name]):
-                raise TypeError(f"metadata has {name}={value!r:.80}, not {_name(hints[name])}")
+        _check_types(known["model"], typing.get_type_hints(ModelConfig), "model.")
+        _check_types(known, _TYPES | {"model": dict})
+        try:
+            known["model"] = ModelConfig(**known["model"])
+        except BadInput as error:
+            raise ValueError(f"metadata describes no model: {error}") from error
         if not (known.get("weights_only") or "corpora" in known):
             known["corpora"] = _corpora_of(known["config"])
         metadata = cls(**known)
@@ -83,6 +86,7 @@ class Metadata:
         return metadata
 
 
+_TYPES = typing.get_type_hints(Metadata)
 _REQUIRED = {
     field.name
     for field in dataclasses.fields(Metadata)
@@ -97,22 +101,18 @@ def has_separate_projections(found: dict[str, Any]) -> bool:
     return "packed_documents" not in found["model"]
 
 
-def _model(found: Any) -> ModelConfig:
-    hints = typing.get_type_hints(ModelConfig)
-    for name, value in dict(found).items():
-        if name in hints and not _is_a(value, hints[name]):
-            raise TypeError(f"metadata has model.{name}={value!r:.80}, not {_name(hints[name])}")
-    try:
-        return ModelConfig(**found)
-    except BadInput as error:
-        raise ValueError(f"metadata describes no model: {error}") from error
-
-
 def _corpora_of(config: dict[str, Any]) -> dict[str, str]:
     """The corpora that a recipe names. Earlier versions recorded them nowhere else."""
     tuning = config.get("task", "pretrain") != "pretrain"
     named = config["tuning"] if tuning else config.get("corpora", {})
     return {name: named[name]["licence"] for name in config["data"]["sources"] if name in named}
+
+
+def _check_types(found: dict[str, Any], hints: dict[str, Any], prefix: str = "") -> None:
+    for name, value in dict(found).items():
+        if name in hints and not _is_a(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name])
+            raise TypeError(f"metadata has {prefix}{name}={value!r:.80}, not {wanted}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -127,10 +127,6 @@ def _is_a(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def weights_metadata(
@@ -164,26 +160,19 @@ def provenance(metadata: Metadata) -> dict[str, Any]:
     if metadata.weights_only:
         return metadata.provenance
     origin = {"started_from": metadata.provenance} if metadata.provenance else {}
-    return origin | {
-        "phase": metadata.phase,
-        "step": metadata.step,
-        "tokens_seen": metadata.tokens_seen,
-        "corpora": dict(sorted(metadata.corpora.items())),
-        "tokenizer_sha256": metadata.tokenizer_sha256,
-        "data_sha256": metadata.data_sha256,
-        "git_commit": metadata.git_commit,
-    }
+    stated = {name: getattr(metadata, name) for name in _STATED}
+    return origin | stated | {"corpora": dict(sorted(metadata.corpora.items()))}
 
 
-_PROVENANCE = {
-    "phase": str,
-    "step": int,
-    "tokens_seen": int,
-    "corpora": dict[str, str],
-    "tokenizer_sha256": str,
-    "data_sha256": str,
-    "git_commit": str,
-}
+_STATED = (
+    "phase",
+    "step",
+    "tokens_seen",
+    "corpora",
+    "tokenizer_sha256",
+    "data_sha256",
+    "git_commit",
+)
 
 
 def parse_provenance(found: Any) -> dict[str, Any] | None:
@@ -191,7 +180,9 @@ def parse_provenance(found: Any) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         return None
     rest = {key: value for key, value in found.items() if key != "started_from"}
-    kinds = {"imported_from": str} if rest.keys() == {"imported_from"} else _PROVENANCE
+    kinds = {name: _TYPES[name] for name in _STATED}
+    if rest.keys() == {"imported_from"}:
+        kinds = {"imported_from": str}
     if rest.keys() != kinds.keys() or not all(_is_a(rest[key], kinds[key]) for key in kinds):
         return None
     texts = [*rest.values(), *(part for item in rest.get("corpora", {}).items() for part in item)]

@@ -36,9 +36,7 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> Loaded:
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}: give a llama2.c .bin file") from error
     model, tied, context_length = _read_header(path, blob)
-    params = _read_params(
-        np.frombuffer(blob, np.float32, offset=_HEADER_BYTES), model, tied, context_length
-    )
+    params = _read_params(np.frombuffer(blob, np.float32, offset=_HEADER_BYTES), model, tied)
     tokenizer = read_tokenizer(tokenizer_path, model.vocab_size)
     metadata = weights_metadata(
         model, tokenizer, 10_000.0, context_length, {"imported_from": path.name}
@@ -89,9 +87,7 @@ def _read_header(path: pathlib.Path, blob: bytes) -> tuple[ModelConfig, bool, in
     return model, tied, context_length
 
 
-def _read_params(
-    weights: np.ndarray, model: ModelConfig, tied: bool, context_length: int
-) -> dict[str, Any]:
+def _read_params(weights: np.ndarray, model: ModelConfig, tied: bool) -> dict[str, Any]:
     """Our parameters from the float32 values after the header.
 
     llama2.c's RoPE rotates neighboring pairs, so the rows of q and k are put into rotate-half
@@ -123,8 +119,8 @@ def _read_params(
     ffn_norm = take(L, D)
     gate, down, up = take(L, F, D), take(L, D, F), take(L, F, D)
     final_norm = take(D)
-    take(context_length, H)  # cosines and sines, which RoPE here computes
-    head = embedding if tied else take(V, D)
+    # Cosines and sines follow, which are computed here. A separate head is last.
+    head = embedding if tied else weights[-V * D :].reshape(V, D)
     q, k, v = rotate_half(q, N), rotate_half(k, K), v.reshape(L, K, H, D)
 
     params: dict[str, Any] = {

@@ -74,7 +74,7 @@ def test_a_later_versions_key_is_ignored():
         ({"step": True}, "metadata has step=True, not int"),
         ({"step": None}, "step: not in the metadata"),
         ({"rope_theta": [1e4]}, r"rope_theta=\[10000.0\], not float"),
-        ({"corpora": {"docs": 3}}, r"corpora=\{'docs': 3\}, not dict\[str, str\]"),
+        ({"corpora": {"docs": 3}}, r"corpora=\{'docs': 3\}, not dict"),
         ({"lowest_loss": "low"}, "lowest_loss='low'"),
         ({"config": []}, r"config=\[\]"),
         ({"config": {"task": "chess"}}, "unknown task 'chess'"),
@@ -83,7 +83,7 @@ def test_a_later_versions_key_is_ignored():
         ({"model": {"vocab_size": "8"}}, "model.vocab_size='8', not int"),
         ({"model": {}}, "missing 7 required positional arguments"),
         ({"model": None}, "model: not in the metadata"),
-        ({"model": []}, "must be a mapping, not list"),
+        ({"model": []}, r"model=\[\], not dict"),
     ],
 )
 def test_records_that_are_refused(changes, error):
