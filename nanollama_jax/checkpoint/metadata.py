@@ -4,7 +4,6 @@ It is stored as JSON in the checkpoint's `metadata` item, under the names of its
 """
 
 import dataclasses
-import functools
 import types
 import typing
 from typing import Any
@@ -14,7 +13,6 @@ from nanollama_jax.model import ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
 TASKS = ("pretrain", "sft", "dpo")  # in curriculum order; each counts its own steps
-_empty = functools.partial(dataclasses.field, default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +28,18 @@ class Metadata:
     tokenizer_sha256: str
     # Of training
     data_sha256: str = ""  # over the manifests of the sources
-    config: dict[str, Any] = _empty()  # the recipe, as JSON
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the recipe, as JSON
     git_commit: str = ""
-    versions: dict[str, str] = _empty()  # library -> version
-    corpora: dict[str, str] = _empty()  # name -> licence, all read
-    shuffle_windows: dict[str, int] = _empty()  # source -> rows
-    lowest_loss: dict[str, float] = _empty()  # kind -> nats a token
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # library -> version
+    corpora: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> licence, all read
+    shuffle_windows: dict[str, int] = dataclasses.field(default_factory=dict)  # source -> rows
+    lowest_loss: dict[str, float] = dataclasses.field(default_factory=dict)  # kind -> nats a token
     reference_weights: str | None = None  # DPO: checksum of the reference model's parameters
     # Of the initial weights: `provenance()` of what they come from, None for a random start
     provenance: dict[str, Any] | None = None
     # Of an import
     weights_only: bool = False  # no optimizer state and no data position
-    chat_template: dict[str, str] = _empty()  # name -> Jinja
+    chat_template: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> Jinja
     # The name of the file of checksums; None in checkpoints of earlier versions, which have none.
     checksums: str | None = None
 
