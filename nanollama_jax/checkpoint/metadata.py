@@ -24,20 +24,22 @@ class Metadata:
     tokens_seen: int  # by this stage and, in pre-training, those before it
     model: ModelConfig
     rope_theta: float  # in force after `step` updates
-    context_length: int  # tokens of the longest row trained on; of an import, what its config says
+    context_length: int  # tokens of the longest row trained on, or as an import's config states
     tokenizer_sha256: str
-    # Of training
+    # Training
     data_sha256: str = ""  # over the manifests of the sources
     config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the recipe, as JSON
     git_commit: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # library -> version
-    corpora: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> licence, all read
+    corpora: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # name -> licence; all that were read
     shuffle_windows: dict[str, int] = dataclasses.field(default_factory=dict)  # source -> rows
     lowest_loss: dict[str, float] = dataclasses.field(default_factory=dict)  # kind -> nats a token
     reference_weights: str | None = None  # DPO: checksum of the reference model's parameters
-    # Of the initial weights: `provenance()` of what they come from, None for a random start
+    # `provenance()` of the initial weights; None for random ones
     provenance: dict[str, Any] | None = None
-    # Of an import
+    # Imports
     weights_only: bool = False  # no optimizer state and no data position
     chat_template: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> Jinja
     # The name of the file of checksums; None in checkpoints of earlier versions, which have none.
@@ -151,7 +153,7 @@ def weights_metadata(
 
 
 def provenance(metadata: Metadata) -> dict[str, Any]:
-    """Where a model comes from, as exports state it: of an import, what its folder stated.
+    """Where a model comes from, as exports state it. An import keeps what its folder stated.
 
     Contains no paths and no addresses, which may be private.
     """

@@ -212,7 +212,7 @@ def _check_same_theta(workdir: pathlib.Path, metadata: Metadata, config: ConfigD
 def _check_same_batches(workdir: pathlib.Path, metadata: Metadata, config: ConfigDict) -> None:
     """Refuses an iterator position of another stream of batches: rows would be skipped or read
     twice."""
-    before, now = metadata.config, json.loads(config.to_json_best_effort())
+    before, now = metadata.config, json.loads(json.dumps(config.to_dict()))
     names = ["seed", "start_step", "seq_len", "batch_size", "data.max_segments", "data.sources"]
     if metadata.task != "pretrain":
         names.append("rope")

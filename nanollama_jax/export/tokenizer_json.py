@@ -8,6 +8,7 @@ is, as in SentencePiece. One with chat tokens cannot be: the template's `<|im_st
 in the text, and then a user's is found too.
 """
 
+import importlib.resources
 import json
 import pathlib
 import re
@@ -20,7 +21,7 @@ from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 # chat/chatml.py in Jinja. The assistant's words are between {% generation %} tags, which trainers
 # need and not every Jinja knows.
-CHAT_TEMPLATE = (pathlib.Path(__file__).parent / "chat_template.jinja").read_text()
+CHAT_TEMPLATE = importlib.resources.read_text("nanollama_jax.chat", "chat_template.jinja")
 PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
 
