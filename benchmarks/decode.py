@@ -198,15 +198,13 @@ def benchmark_grammar(tokenizer_path: str, generations: int = 100) -> None:
 
 def random_model(scale: str):
     """A model with the shape of `scale` and a vocabulary of made-up pieces."""
-    import dataclasses
-
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
     from sentencepiece import sentencepiece_model_pb2 as spm
 
     from configs import common
-    from nanollama_jax.checkpoint import Loaded
+    from nanollama_jax.checkpoint import Loaded, weights_metadata
     from nanollama_jax.model import Llama, ModelConfig
     from nanollama_jax.tokenizer import Tokenizer
 
@@ -245,18 +243,7 @@ def random_model(scale: str):
         "git_commit": "",
         "tokenizer_sha256": "",
     }
-    metadata = {
-        "model": dataclasses.asdict(model),
-        "rope_theta": 1e4,
-        "context_length": 4096,
-        "weights_only": True,
-        "provenance": about,
-    }
     params = jax.tree.map(np.asarray, make())
-    return Loaded(
-        model,
-        params,
-        Tokenizer("made-up", proto.SerializeToString()),
-        metadata,
-        pathlib.Path("random"),
-    )
+    tokenizer = Tokenizer("made-up", proto.SerializeToString())
+    metadata = weights_metadata(model, tokenizer, 1e4, 4096, about)
+    return Loaded(model, params, tokenizer, metadata, pathlib.Path("random"))

@@ -22,7 +22,6 @@ from nanollama_jax.console import console, track
 from nanollama_jax.corpus import sources
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
-from nanollama_jax.export.model_card import provenance
 from nanollama_jax.files import output_file, write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
@@ -124,12 +123,12 @@ def main() -> None:
             context_length=loaded.context_length,
         )
         console.print(
-            f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, rope theta {loaded.rope_theta:,.0f}"
+            f"{loaded.path}: step {loaded.metadata.step:,} of {loaded.metadata.phase}, rope theta {loaded.rope_theta:,.0f}"
         )
         results = dict(
             checkpoint=str(loaded.path),
             rope_theta=loaded.rope_theta,
-            provenance=provenance(loaded.metadata),
+            provenance=checkpoint.provenance(loaded.metadata),
         )
         if "perplexity" in tasks:
             results |= measure_perplexity(arguments, engine)

@@ -14,7 +14,7 @@ from nanollama_jax import checkpoint
 from nanollama_jax.config import check_workdir
 from nanollama_jax.console import console, error_console
 from nanollama_jax.errors import ArgumentParser, one_line_errors
-from nanollama_jax.export import hf, llama2c
+from nanollama_jax.export import hf_import, llama2c
 from nanollama_jax.files import output_path
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         output_path(arguments.workdir, "--workdir")
         check_workdir(arguments.workdir)
         loaded = (
-            hf.read(arguments.folder)
+            hf_import.read(arguments.folder)
             if arguments.folder
             else llama2c.read(arguments.llama2c, arguments.tokenizer)
         )

@@ -65,7 +65,7 @@ def main() -> None:
         maps = attention_maps(loaded.model, loaded.params, ids, loaded.rope_theta, arguments.bins)
         text, step, theta = (
             pathlib.Path(arguments.text_file).name,
-            loaded.metadata["step"],
+            loaded.metadata.step,
             loaded.rope_theta,
         )
         title = f"{arguments.checkpoint}, step {step:,}: {len(ids):,} tokens of {text}, rope theta {theta:,.0f}"

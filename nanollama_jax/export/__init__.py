@@ -1,1 +1,1 @@
-"""Weights to other programs' formats, and back."""
+"""Weights to and from other programs' formats: Hugging Face folders, GGUF files, llama2.c."""

@@ -1,4 +1,7 @@
-"""The exports, run by the programs they are for: do transformers and llama.cpp say what we say? transformers (with torch) need not be installed."""
+"""Runs exports in the programs they are for, to compare transformers and llama.cpp with ours.
+
+transformers (with torch) need not be installed.
+"""
 
 import dataclasses
 import importlib.util
@@ -13,11 +16,11 @@ from nanollama_jax.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Between the logits of a reference and of another, (T, V) each."""
+    """Between two arrays of logits, (T, V) each."""
 
-    largest: float  # of any logit
-    mean_kl: float  # nats a token, of the other's probabilities from the reference's
-    agreement: float  # share of positions whose likeliest token is the same
+    largest: float  # absolute difference of any logit
+    mean_kl: float  # KL(reference || other), nats a token
+    agreement: float  # share of positions with the same likeliest token
 
     @classmethod
     def of(cls, reference_TV: np.ndarray, other_TV: np.ndarray) -> "Difference":
@@ -44,11 +47,10 @@ class Transformers:
         import torch
         import transformers
 
-        # Without these files transformers would ask the hub
-        if not all(
-            os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "tokenizer.json")
-        ):
-            raise BadInput(f"{folder} is no folder that tools/export_hf.py wrote")
+        # Without these files transformers would ask the hub.
+        needed = ("config.json", "tokenizer.json")
+        if not all(os.path.isfile(os.path.join(folder, name)) for name in needed):
+            raise BadInput(f"{folder} is not a Hugging Face export: it lacks {' or '.join(needed)}")
         transformers.utils.logging.disable_progress_bar()
         self._torch = torch
         try:
@@ -58,7 +60,8 @@ class Transformers:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
-        except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, tokenizers' bare Exception: transformers raises what it meets
+        # OSError, ValueError, KeyError, SafetensorError and tokenizers' bare Exception all occur.
+        except Exception as error:
             raise BadInput(
                 f"transformers cannot read {folder}: {' '.join(str(error).split())[:300]}"
             ) from error
@@ -74,12 +77,13 @@ class Transformers:
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """The continuation of each prompt."""
-        longest = max(map(len, prompts))  # generate() wants padding on the left
+        longest = max(map(len, prompts))
+        padding = [[0] * (longest - len(prompt)) for prompt in prompts]  # generate() needs it left
         ids = self._torch.tensor(
-            [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+            [[*zeros, *prompt] for zeros, prompt in zip(padding, prompts, strict=True)]
         )
         mask = self._torch.tensor(
-            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+            [zeros + [1] * len(prompt) for zeros, prompt in zip(padding, prompts, strict=True)]
         )
         options = dict(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -88,34 +92,34 @@ class Transformers:
 
 
 class _Model(llama_cpp.LlamaModel):
-    n_vocab = 0  # cyllama 0.2.18 reads it in get_logits_ith, and has not got it
+    n_vocab = 0  # cyllama 0.2.18 reads it in get_logits_ith, but does not define it
 
 
 class LlamaCpp:
     """A GGUF file, on the CPU."""
 
     def __init__(self, path: str | os.PathLike, context_length: int, sequences: int = 1):
-        """`sequences` prompts of up to `context_length` tokens can be generated from together."""
+        """Makes room for `sequences` prompts of up to `context_length` tokens at a time."""
         llama_cpp.set_log_callback(lambda level, text: None)
         try:
             self._model = _Model(str(path))
         except (OSError, ValueError) as error:
-            raise BadInput(f"{path} is no GGUF file that llama.cpp can read: {error}") from error
+            raise BadInput(f"{path} is not a GGUF file that llama.cpp can read: {error}") from error
         self._vocab = self._model.get_vocab()
         self._model.n_vocab = self.vocab_size = self._vocab.n_vocab
         params = llama_cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = context_length * sequences
         params.n_seq_max = sequences
-        params.type_k = params.type_v = (
-            0  # float32, and no flash attention: both round to float16, 0.01 off in stories260K's logits, 2e-5 without
-        )
+        # A float32 cache and no flash attention: the defaults round to float16. On stories260K the
+        # logits are 0.01 off with them, 2e-5 without.
+        params.type_k = params.type_v = 0
         params.flash_attn_type = 0
         params.n_threads = params.n_threads_batch = os.cpu_count() or 1
         self._context = llama_cpp.LlamaContext(self._model, params)
         self._batch = llama_cpp.LlamaBatch(n_tokens=context_length * sequences, embd=0, n_seq_max=1)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """`special`: a special token's name in the text becomes it."""
+        """With `special`, the names of special tokens in the text become those tokens."""
         return self._vocab.tokenize(text, add_special=False, parse_special=special)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -145,7 +149,7 @@ class LlamaCpp:
         return new
 
     def _decode(self, feed: Sequence[tuple[int, int, int, bool]], fresh: bool) -> None:
-        """Of each token: its id, position, sequence, and whether its logits are wanted."""
+        """`feed` has each token's id, position, sequence, and whether its logits are wanted."""
         if fresh:
             self._context.kv_cache_clear(True)
         self._batch.clear()

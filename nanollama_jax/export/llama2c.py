@@ -1,4 +1,6 @@
-"""llama2.c's checkpoints (github.com/karpathy/llama2.c, version 0: stories15M.bin and the like) and its tokenizer files, as ours."""
+"""llama2.c's checkpoints (github.com/karpathy/llama2.c, version 0: stories15M.bin and the like)
+and tokenizer files, as ours.
+"""
 
 import os
 import pathlib
@@ -8,11 +10,12 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as spm
 
-from nanollama_jax import checkpoint
+from nanollama_jax.checkpoint import Loaded, weights_metadata
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
+_HEADER_BYTES = 28
 _BYTES = 256
 _CONTROL = {
     0: ("<unk>", spm.ModelProto.SentencePiece.UNKNOWN),
@@ -21,20 +24,33 @@ _CONTROL = {
 }
 
 
-def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoint.Loaded:
-    """Seven int32 (dim, hidden_dim, layers, heads, kv_heads, vocabulary, negative if the head is its own; context), then float32 tensors.
+def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> Loaded:
+    """A llama2.c checkpoint, in memory. `tokenizer_path` is a SentencePiece model, or llama2.c's
+    tokenizer.bin.
 
-    RoPE turns neighbouring pairs there, so the rows of q and k are put into rotate-half order. `tokenizer_path` is a SentencePiece model, or
-    llama2.c's tokenizer.bin. Raises BadInput for a file of another kind or length, and a vocabulary that does not match.
+    Raises BadInput for a file of another kind or length, and for a vocabulary that does not match.
     """
     path = pathlib.Path(path)
     try:
         blob = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}: give a llama2.c .bin file") from error
-    if len(blob) < 28 or blob[:4] == b"24ka":
+    model, tied, context_length = _read_header(path, blob)
+    params = _read_params(np.frombuffer(blob, np.float32, offset=_HEADER_BYTES), model, tied)
+    tokenizer = read_tokenizer(tokenizer_path, model.vocab_size)
+    metadata = weights_metadata(
+        model, tokenizer, 10_000.0, context_length, {"imported_from": path.name}
+    )
+    return Loaded(model, params, tokenizer, metadata, path)
+
+
+def _read_header(path: pathlib.Path, blob: bytes) -> tuple[ModelConfig, bool, int]:
+    """The model, whether its head is the embedding, and the context length: seven int32 (dim,
+    hidden_dim, layers, heads, kv_heads, vocabulary, negative if the head is a separate weight;
+    context length)."""
+    if len(blob) < _HEADER_BYTES or blob[:4] == b"24ka":
         raise BadInput(f"{path} is not llama2.c's version 0: write it with `export.py --version 0`")
-    D, F, L, N, K, V, context_length = struct.unpack("7i", blob[:28])
+    D, F, L, N, K, V, context_length = struct.unpack("7i", blob[:_HEADER_BYTES])
     tied, V = V > 0, abs(V)
     if (
         min(D, F, L, N, K, context_length) < 1
@@ -45,20 +61,48 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
         or (D // N) % 2
     ):
         raise BadInput(
-            f"{path} is not a llama2.c checkpoint: its header says dim={D}, hidden_dim={F}, layers={L}, heads={N}, kv_heads={K}, vocabulary={V}"
+            f"{path} is not a llama2.c checkpoint: its header says dim={D}, hidden_dim={F}, "
+            f"layers={L}, heads={N}, kv_heads={K}, vocabulary={V}"
         )
     H = D // N
-    size = (
-        L * (2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F)
-        + D
-        + V * D * (1 if tied else 2)
-        + context_length * H
-    )
-    if len(blob) != 28 + 4 * size:
+    layer = 2 * D + 2 * D * N * H + 2 * D * K * H + 3 * D * F
+    size = L * layer + D + V * D * (1 if tied else 2) + context_length * H
+    expected = _HEADER_BYTES + 4 * size
+    if len(blob) != expected:
         raise BadInput(
-            f"{path} has {len(blob):,} bytes and its header asks for {28 + 4 * size:,}: it is truncated, or of another kind"
+            f"{path} has {len(blob):,} bytes and its header asks for {expected:,}: it is "
+            "truncated, or of another kind"
         )
-    weights, offset = np.frombuffer(blob, np.float32, offset=28), 0
+    model = ModelConfig(
+        vocab_size=V,
+        num_layers=L,
+        d_model=D,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        ffn_dim=F,
+        norm_eps=1e-5,
+        scan_layers=False,
+    )
+    return model, tied, context_length
+
+
+def _read_params(weights: np.ndarray, model: ModelConfig, tied: bool) -> dict[str, Any]:
+    """Our parameters from the float32 values after the header.
+
+    llama2.c's RoPE rotates neighboring pairs, so the rows of q and k are put into rotate-half
+    order.
+    """
+    V, L, D, N, K, H, F = (
+        model.vocab_size,
+        model.num_layers,
+        model.d_model,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.ffn_dim,
+    )
+    offset = 0
 
     def take(*shape: int) -> np.ndarray:
         nonlocal offset
@@ -68,17 +112,15 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
     def rotate_half(w_LOD: np.ndarray, heads: int) -> np.ndarray:
         return w_LOD.reshape(L, heads, H // 2, 2, D).swapaxes(2, 3).reshape(L, heads, H, D)
 
-    embedding, attention_norm = take(V, D), take(L, D)
-    q, k, v, o = take(L, N * H, D), take(L, K * H, D), take(L, K * H, D), take(L, D, N * H)
-    ffn_norm, gate, down, up, final_norm = (
-        take(L, D),
-        take(L, F, D),
-        take(L, D, F),
-        take(L, F, D),
-        take(D),
-    )
-    take(context_length, H)  # cos and sin, which nobody reads
-    head = embedding if tied else take(V, D)
+    embedding = take(V, D)
+    attention_norm = take(L, D)
+    q, k, v = take(L, N * H, D), take(L, K * H, D), take(L, K * H, D)
+    o = take(L, D, N * H)
+    ffn_norm = take(L, D)
+    gate, down, up = take(L, F, D), take(L, D, F), take(L, F, D)
+    final_norm = take(D)
+    # Cosines and sines follow, which are computed here. A separate head is last.
+    head = embedding if tied else weights[-V * D :].reshape(V, D)
     q, k, v = rotate_half(q, N), rotate_half(k, K), v.reshape(L, K, H, D)
 
     params: dict[str, Any] = {
@@ -98,22 +140,7 @@ def read(path: str | os.PathLike, tokenizer_path: str | os.PathLike) -> checkpoi
             "ffn_norm": {"scale": ffn_norm[i]},
             "ffn": {name: {"kernel": np.ascontiguousarray(value)} for name, value in ffn.items()},
         }
-    model = ModelConfig(
-        vocab_size=V,
-        num_layers=L,
-        d_model=D,
-        num_heads=N,
-        num_kv_heads=K,
-        head_dim=H,
-        ffn_dim=F,
-        norm_eps=1e-5,
-        scan_layers=False,
-    )
-    tokenizer = read_tokenizer(tokenizer_path, V)
-    metadata = checkpoint.weights_metadata(
-        model, tokenizer, 10_000.0, context_length, {"imported_from": path.name}
-    )
-    return checkpoint.Loaded(model, params, tokenizer, metadata, path)
+    return params
 
 
 def read_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer:
@@ -123,19 +150,22 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer:
     )
     if tokenizer.vocab_size != vocab_size:
         raise BadInput(
-            f"{path} has {tokenizer.vocab_size} pieces and the model's vocabulary is {vocab_size}: they must agree"
+            f"{path} has {tokenizer.vocab_size} pieces and the model's vocabulary is {vocab_size}: "
+            "they must agree"
         )
     return tokenizer
 
 
 def sentencepiece_of(path: pathlib.Path, vocab_size: int) -> bytes:
-    """A SentencePiece model from llama2.c's tokenizer.bin: an int32 (the longest piece), then score (float32), length (int32) and bytes of each."""
+    """A SentencePiece model from llama2.c's tokenizer.bin: an int32 (the longest piece), then the
+    score (float32), length (int32) and bytes of each piece."""
     try:
         blob = path.read_bytes()
     except OSError as error:
         raise BadInput(
             f"{path}: {error.strerror}: give llama2.c's tokenizer.bin, or a SentencePiece .model"
         ) from error
+    piece = spm.ModelProto.SentencePiece
     proto = spm.ModelProto()
     offset = 4
     try:
@@ -143,32 +173,25 @@ def sentencepiece_of(path: pathlib.Path, vocab_size: int) -> bytes:
             score, length = struct.unpack_from("<fi", blob, offset)
             text = blob[offset + 8 : offset + 8 + length].decode()
             offset += 8 + length
-            kind = (
-                spm.ModelProto.SentencePiece.BYTE
-                if 3 <= i < 3 + _BYTES
-                else spm.ModelProto.SentencePiece.NORMAL
-            )
+            kind = piece.BYTE if 3 <= i < 3 + _BYTES else piece.NORMAL
             name, kind = _CONTROL.get(i, (text.replace(" ", "▁"), kind))
             proto.pieces.add(piece=name, score=score, type=kind)
     except (struct.error, UnicodeDecodeError) as error:
         raise BadInput(
-            f"{path} is no tokenizer of {vocab_size} pieces in llama2.c's format: {error}"
+            f"{path} is not a tokenizer of {vocab_size} pieces in llama2.c's format: {error}"
         ) from error
     if offset != len(blob):
         raise BadInput(
-            f"{path} holds more than the {vocab_size} pieces of the model's vocabulary: it belongs to another model"
+            f"{path} holds more than the {vocab_size} pieces of the model's vocabulary: it belongs "
+            "to another model"
         )
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = (
-        spm.TrainerSpec.BPE,
-        True,
-        vocab_size,
-    )
+    trainer.model_type = spm.TrainerSpec.BPE
+    trainer.byte_fallback = True
+    trainer.vocab_size = vocab_size
     trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id = 0, 1, 2, -1
-    (
-        normalizer.name,
-        normalizer.add_dummy_prefix,
-        normalizer.remove_extra_whitespaces,
-        normalizer.escape_whitespaces,
-    ) = "identity", True, False, True
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = True
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
     return proto.SerializeToString()

@@ -1,10 +1,14 @@
-"""A SentencePiece model as Hugging Face's `tokenizer.json`, so that `AutoTokenizer` gives SentencePiece's own ids.
+"""A SentencePiece model as Hugging Face's `tokenizer.json`, so that `AutoTokenizer` gives
+SentencePiece's own ids.
 
-Written by hand, because transformers' conversion is not exact: in 5.23 it drops the dummy prefix of texts that begin with a space (902 of 3,319
-awkward strings had other ids). A base vocabulary is exported with `split_special_tokens`, so that "<s>" in a text is the characters it is, as in
-SentencePiece. One with chat tokens cannot be: there the template's `<|im_start|>` must be found in the text, and so is a user's.
+It is written by hand because transformers' conversion is not exact: in 5.23 it drops the dummy
+prefix of texts that begin with a space (902 of 3,319 awkward strings had other ids). A base
+vocabulary is exported with `split_special_tokens`, so that "<s>" in a text stays the characters it
+is, as in SentencePiece. One with chat tokens cannot be: the template's `<|im_start|>` must be found
+in the text, and then a user's is found too.
 """
 
+import importlib.resources
 import json
 import pathlib
 import re
@@ -15,37 +19,43 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
-# chat/chatml.py in Jinja. What the assistant says stands between {% generation %} tags, which trainers want and not every Jinja knows.
-CHAT_TEMPLATE = (pathlib.Path(__file__).parent / "chat_template.jinja").read_text()
+# chat/chatml.py in Jinja. The assistant's words are between {% generation %} tags, which trainers
+# need and not every Jinja knows.
+CHAT_TEMPLATE = importlib.resources.read_text("nanollama_jax.chat", "chat_template.jinja")
 PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
 
 
 def read_model(tokenizer: Tokenizer, file_format: str) -> spm.ModelProto:
-    """The SentencePiece model's own description. Raises BadInput where `file_format` ("tokenizer.json" or "GGUF") would give other ids."""
+    """The SentencePiece model's protocol buffer.
+
+    Raises BadInput if `file_format` ("tokenizer.json" or "GGUF") would give other ids.
+    """
     if reason := tokenizer.not_exportable.get(file_format):
         raise BadInput(
-            f"the tokenizer {reason}, which {file_format} cannot express: use a SentencePiece BPE model with byte fallback, as ours is"
+            f"the tokenizer {reason}, which {file_format} cannot express: use a SentencePiece BPE "
+            "model with byte fallback, as ours is"
         )
     return spm.ModelProto.FromString(tokenizer.model_bytes)
 
 
-def chat_templates(tokenizer: Tokenizer, metadata: dict[str, Any]) -> dict[str, str]:
-    """Name -> template, "default" first: those that an imported folder had (`import_chat_templates`), ours for a chat vocabulary, or none."""
-    return metadata.get("chat_template") or (
-        {"default": CHAT_TEMPLATE} if tokenizer.is_chat else {}
-    )
+def chat_templates(tokenizer: Tokenizer, imported: dict[str, str]) -> dict[str, str]:
+    """Name -> template, "default" first: those of the folder that a model was imported from, else
+    ours for a chat vocabulary, else none."""
+    return imported or ({"default": CHAT_TEMPLATE} if tokenizer.is_chat else {})
 
 
 def tokenizer_files(
     tokenizer: Tokenizer, context_length: int, templates: dict[str, str]
 ) -> dict[str, bytes]:
-    """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, with one chat template, `chat_template.jinja`; several
-    are in `tokenizer_config.json`.
+    """Name -> contents of `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json` and, with
+    one chat template, `chat_template.jinja`. Several templates go into `tokenizer_config.json`.
 
-    BOS is written once: by the template where it writes it, as ours and Llama 3's do, else by the tokenizer. So `apply_chat_template`, and its text
-    encoded with `add_special_tokens` or without, all have one (Llama 3 and Mistral have two in the second case; Qwen has none in any). The price:
-    of a chat export `tokenizer(text)` has no BOS, and text that is not a chat wants `tokenizer.bos_token` before it.
+    BOS is written once: by the template if it writes one, as ours and Llama 3's do, else by the
+    tokenizer. So `apply_chat_template`, and its text encoded with or without
+    `add_special_tokens`, all have one (Llama 3 and Mistral have two in the second case; Qwen has
+    none in any). The price: with a chat export, `tokenizer(text)` has no BOS, and text that is not
+    a chat needs `tokenizer.bos_token` in front.
     """
     proto = read_model(tokenizer, "tokenizer.json")
     names = [piece.piece for piece in proto.pieces]
@@ -59,10 +69,11 @@ def tokenizer_files(
         "eos_token": TURN_END if tokenizer.is_chat else names[tokenizer.eos_id],
         "unk_token": names[proto.trainer_spec.unk_id],
         "pad_token": names[tokenizer.pad_id],
-        "padding_side": "left",  # generate() goes on at the right end
+        "padding_side": "left",  # generate() continues at the right end
         "add_bos_token": adds_bos,
         "add_eos_token": False,
-        "add_prefix_space": proto.normalizer_spec.add_dummy_prefix,  # llama.cpp's converter takes it from here, and assumes true without
+        # llama.cpp's converter reads this, and assumes true without it.
+        "add_prefix_space": proto.normalizer_spec.add_dummy_prefix,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
         "split_special_tokens": not (tokenizer.is_chat or templates),
@@ -86,8 +97,12 @@ def tokenizer_files(
 
 
 def import_chat_templates(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
-    """Name -> template of a Hugging Face folder, where transformers looks: its .jinja files, else `chat_template` of its tokenizer_config.json
-    (`config`). They are text to us, never run. Raises BadInput for what is neither a template nor a list of named ones."""
+    """Name -> template of a Hugging Face folder. Looks where transformers does: in its .jinja
+    files, else at `chat_template` in its tokenizer_config.json (`config`). Templates are text
+    here, never run.
+
+    Raises BadInput for anything but a template or a list of named ones.
+    """
     files = [
         folder / "chat_template.jinja",
         *sorted(folder.glob("additional_chat_templates/*.jinja")),
@@ -110,13 +125,15 @@ def import_chat_templates(folder: pathlib.Path, config: dict[str, Any]) -> dict[
             "".join([*found, *found.values()]).encode()
         except (TypeError, KeyError, UnicodeEncodeError) as error:
             raise BadInput(
-                f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of named texts: {error}"
+                f"{folder}/tokenizer_config.json: chat_template is neither text nor a list of "
+                f"named texts: {error}"
             ) from error
     return {name: found[name] for name in sorted(found, key=lambda name: (name != "default", name))}
 
 
 def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
-    """The contents of `tokenizer.json`; `bos_id` is written before a text, None: nothing is."""
+    """The contents of `tokenizer.json`. `bos_id` is written before each text, unless it is
+    None."""
     names, prefix = [piece.piece for piece in proto.pieces], proto.normalizer_spec.add_dummy_prefix
     added = (_Piece.UNKNOWN, _Piece.CONTROL, _Piece.USER_DEFINED)
     prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
@@ -144,8 +161,8 @@ def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
                 single_word=False,
                 lstrip=False,
                 rstrip=False,
-                normalized=piece.type
-                == _Piece.USER_DEFINED,  # as SentencePiece: found where spaces are ▁ already
+                # As in SentencePiece, these are found after spaces have become ▁.
+                normalized=piece.type == _Piece.USER_DEFINED,
                 special=piece.type != _Piece.USER_DEFINED,
             )
             for i, piece in enumerate(proto.pieces)
@@ -190,9 +207,13 @@ def tokenizer_json(proto: spm.ModelProto, bos_id: int | None) -> dict[str, Any]:
 
 
 def merges(proto: spm.ModelProto) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order in which SentencePiece merges: best score first. Control, byte and unknown pieces are
-    made of nothing: text never becomes one. Llama 2's and Mistral's runs of spaces all have the same score, where SentencePiece merges the leftmost
-    pair: the longer left half first gives the same."""
+    """Every way to make a piece of two others, in the order in which SentencePiece merges: best
+    score first.
+
+    Control, byte and unknown pieces have none: text never becomes one. Llama 2's and Mistral's
+    runs of spaces all have the same score. There SentencePiece merges the leftmost pair, and the
+    longer left half first gives the same result.
+    """
     score = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     rank = {name: i for i, name in enumerate(score)}
     splits = [

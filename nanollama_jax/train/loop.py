@@ -24,22 +24,21 @@ from nanollama_jax import checkpoint, distributed, sharding
 from nanollama_jax.checkpoint.origin import (
     check_changes,
     find_origin,
+    initial_params,
     kept_windows,
-    weights_of_start,
-    weights_to_start_from,
+    reload_initial_params,
     write_config,
 )
 from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput, RunStopped
-from nanollama_jax.export.model_card import provenance, trained_on
 from nanollama_jax.files import locked
 from nanollama_jax.infer import samples
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.attention import check_attention
 from nanollama_jax.tokenizer import Tokenizer
-from nanollama_jax.train import divergence, gates, metrics
+from nanollama_jax.train import divergence, gates, metrics, optimizer
 from nanollama_jax.train import step as steps
 from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
@@ -133,22 +132,23 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
                 "start": f"{origin} at step {origin_step}",
             }
         )
-        before = checkpoint.read_metadata(origin, origin_step) if origin else {}
+        before = checkpoint.read_metadata(origin, origin_step) if origin else None
         inherited = {
-            "context_length": max(config.seq_len, before.get("context_length", 0)),
-            "provenance": before.get("provenance"),
+            "context_length": max(config.seq_len, before.context_length if before else 0),
+            "provenance": before.provenance if before else None,
         }
         if tuning and origin != workdir:
-            inherited["provenance"] = provenance(before)
+            inherited["provenance"] = checkpoint.provenance(before)
         if feed.shuffle_windows:
             inherited["shuffle_windows"] = feed.shuffle_windows
         # Fine-tuning counts its own tokens, as it does its steps; those of the base model are in `provenance`.
-        tokens_before = 0 if tuning and origin != workdir else before.get("tokens_seen", 0)
+        tokens_before = (
+            0 if before is None or (tuning and origin != workdir) else before.tokens_seen
+        )
         if tokens_before:
-            exact = "checksums" in before or before["config"]["start_step"] == 0
             how = (
                 ""
-                if exact
+                if before.tokens_seen_is_exact
                 else ", as an earlier version reckoned them: all steps as if they had this stage's tokens"
             )
             log.info(
@@ -160,7 +160,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             )
         if origin == workdir and (
             changed := check_changes(
-                before["config"], json.loads(config.to_json_best_effort()), origin_step
+                before.config,
+                json.loads(config.to_json_best_effort()),
+                origin_step,
+                optimizer.schedules,
             )
         ):
             log.warning("%s: %s", config.name, changed)
@@ -171,7 +174,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             name: named.get(name, {}).get("licence") or feed.sources[name].manifest["licence"]
             for name in config.data.sources
         }
-        inherited["corpora"] = ({} if tuning or not before else trained_on(before)) | read
+        inherited["corpora"] = (before.corpora if before and not tuning else {}) | read
         checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
         )
@@ -184,8 +187,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             state, data = checkpoints.restore(origin_step, shapes, shardings)
             read_before = data["positions"]
             batches.set_state(data["batches"])
-        elif tuning or before.get("weights_only"):
-            params = weights_to_start_from(config, origin, origin_step, model)
+        elif tuning or before.weights_only:
+            params = initial_params(origin, origin_step, model)
             state = program.make_state().replace(params=jax.device_put(params, shardings.params))
         else:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
@@ -235,7 +238,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
         watch = divergence.Watch(
             config.task,
             model.vocab_size,
-            before.get("lowest_loss", {}) if origin == workdir else {},
+            before.lowest_loss if origin == workdir else {},
         )
 
         def diverged(why: str) -> NoReturn:
@@ -258,12 +261,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
 
             def start():
                 return (
-                    jax.device_put(weights_of_start(config, model), shardings.params)
+                    jax.device_put(reload_initial_params(config.init_from, model), shardings.params)
                     if resumed
                     else state.params
                 )
 
-            known = before["reference_weights"] if resumed else None
+            known = before.reference_weights if resumed else None
             reference = open_reference(
                 config, workdir, feed, known, start, model, float(rope_theta(step)), mesh
             )

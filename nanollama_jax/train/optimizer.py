@@ -52,3 +52,18 @@ def rope_theta_schedule(
         (jnp.asarray(step, jnp.float32) - start_step) / (end_step - start_step), 0.0, 1.0
     )
     return start_theta * jnp.float32(end_theta / start_theta) ** done
+
+
+def schedules(config: dict[str, Any], step: int) -> tuple[float, float]:
+    """Learning rate and RoPE theta of the update after `step` updates, by a config as JSON."""
+    rate = wsd_schedule(step, config["optimizer"]["peak_lr"], **config["schedule"])
+    rope = config["rope"]
+    theta = rope_theta_schedule(
+        step,
+        rope["start_theta"],
+        rope["end_theta"],
+        config["start_step"],
+        config["end_step"],
+        rope["schedule"],
+    )
+    return float(rate), float(theta)

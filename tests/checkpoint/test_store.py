@@ -1,4 +1,4 @@
-"""A checkpoint is known by what is in it, and used only if every byte of it is what was written."""
+"""A checkpoint is used only if every byte of it is what was written. Retention, and finding one."""
 
 import contextlib
 import errno
@@ -12,20 +12,32 @@ import jax
 import numpy as np
 import pytest
 
-from nanollama_jax import sharding
-from nanollama_jax.checkpoint import store as checkpoint
+from nanollama_jax import checkpoint, sharding
+from nanollama_jax.checkpoint import integrity
+from nanollama_jax.checkpoint.folders import steps_in
 from nanollama_jax.corpus.prepare import train_tokenizer_for
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.tokenizer import Tokenizer
 
 STATE = {"weights": np.arange(6.0, dtype=np.float32), "step": np.int32(3)}
+RECORD = checkpoint.Metadata(
+    weights_only=True,
+    phase="imported",
+    step=0,
+    tokens_seen=0,
+    model=ModelConfig(8, 1, 4, 1, 1, 4, 4),
+    rope_theta=1e4,
+    context_length=8,
+    tokenizer_sha256="",
+    provenance={"imported_from": "a test"},
+)
 SHAPES = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), STATE)
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> pathlib.Path:
-    """A workdir with whole models at steps 10 and 20."""
+    """A workdir with complete checkpoints at steps 10 and 20."""
     root = tmp_path_factory.mktemp("pristine")
     (root / "text.txt").write_text(
         "".join(f"some words to learn {i} pieces from\n" for i in range(500))
@@ -59,18 +71,16 @@ def pristine(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def workdir(pristine, tmp_path) -> pathlib.Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return pathlib.Path(shutil.copytree(pristine, tmp_path / "run"))
 
 
 def small(workdir, *steps_and_losses, **options) -> list[int]:
-    """Saves checkpoints of `STATE`; gives the steps that are there in the end."""
+    """Saves checkpoints of `STATE`; returns the steps that exist in the end."""
     with contextlib.closing(checkpoint.Checkpoints(workdir, **options)) as checkpoints:
         for step, loss in steps_and_losses:
-            checkpoints.save(
-                step, STATE, {}, {"model": {"packed_documents": 1}}, b"", validation_loss=loss
-            )
-    return [step for step, _ in checkpoint._steps(workdir / "checkpoints")]
+            checkpoints.save(step, STATE, {}, RECORD.to_dict(), b"", validation_loss=loss)
+    return steps_in(workdir / "checkpoints")
 
 
 def as_earlier_versions_wrote(folder: pathlib.Path, **changes) -> None:
@@ -83,7 +93,7 @@ def as_earlier_versions_wrote(folder: pathlib.Path, **changes) -> None:
 
 
 def restore(workdir):
-    checkpoint.read_metadata(workdir, 20)  # as a run does before
+    checkpoint.read_metadata(workdir, 20)  # as a run does first
     with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
         return checkpoints.restore(20, SHAPES, jax.tree.map(lambda _: None, SHAPES))
 
@@ -152,12 +162,12 @@ def test_a_checkpoint_without_checksums_opens_with_a_warning(workdir, monkeypatc
     as_earlier_versions_wrote(workdir / "checkpoints/step_20")
     warnings = []
     monkeypatch.setattr(
-        checkpoint.log, "warning", lambda form, *values: warnings.append(form % values)
+        integrity.log, "warning", lambda form, *values: warnings.append(form % values)
     )
     assert checkpoint.load(workdir).model.num_layers == 2
     assert (
         len(warnings) == 1
-        and "step_20 is of an earlier version and has no checksums" in warnings[0]
+        and "step_20 is from an earlier version and has no checksums" in warnings[0]
     )
     checkpoint.load(workdir / "checkpoints/step_10")
     assert len(warnings) == 1
@@ -179,10 +189,32 @@ def test_metadata_that_disagrees_with_the_arrays(workdir, changes):
         checkpoint.load(workdir)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"step": "20"}, "metadata has step='20', not int"),
+        ({"model": {"packed_documents": 8}}, "missing 7 required"),
+        ({"rope_theta": None}, "rope_theta: not in the metadata"),
+        ({"config": [], "weights_only": False}, "data_sha256, git_commit: not in the metadata"),
+    ],
+)
+def test_metadata_of_wrong_types_is_damage_in_one_line(workdir, changes, reason):
+    folder = workdir / "checkpoints/step_20"
+    as_earlier_versions_wrote(folder)
+    path = folder / "metadata/metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for read in (checkpoint.load, lambda workdir: checkpoint.read_metadata(workdir, 20)):
+        with pytest.raises(
+            BadInput, match=f"step_20 is damaged .*{reason}.*: to go back"
+        ) as caught:
+            read(workdir)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_checkpoint_is_opened_inside_a_mesh(pristine):
-    """As where fine-tuning starts from it."""
+    """As fine-tuning does."""
     with sharding.use_mesh(sharding.make_mesh(1, 2)):
-        assert checkpoint.load(pristine).metadata["step"] == 0
+        assert checkpoint.load(pristine).metadata.step == 0
 
 
 def test_a_tokenizer_that_is_not_the_models(workdir):
@@ -204,22 +236,22 @@ def test_a_checkpoint_has_its_checksums_before_it_has_its_name(tmp_path, monkeyp
             return digests(folder, names)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    digests = checkpoint._sha256_of
-    monkeypatch.setattr(checkpoint, "_sha256_of", fails)
+    digests = integrity._sha256_of
+    monkeypatch.setattr(integrity, "_sha256_of", fails)
     with pytest.raises(BadInput, match="is full"):
         small(tmp_path, (2, None))
     assert checkpoint.find(tmp_path) == (tmp_path, 1) and checkpoint.reported_saved(tmp_path) == 1
 
 
 def test_a_checkpoint_that_its_run_deletes_meanwhile(workdir, monkeypatch):
-    digests = checkpoint._sha256_of
+    digests = integrity._sha256_of
 
     def later(folder, names):
         if len(names) > 1:
             shutil.rmtree(folder)
         return digests(folder, names)
 
-    monkeypatch.setattr(checkpoint, "_sha256_of", later)
+    monkeypatch.setattr(integrity, "_sha256_of", later)
     with pytest.raises(BadInput, match="step_20 was deleted while it was read"):
         checkpoint.load(workdir)
 
@@ -229,7 +261,7 @@ def test_the_best_validated_one_is_kept(tmp_path):
     assert small(
         tmp_path, (1, 3.0), (2, 1.0), (3, None), (4, nan), (5, 2.0), (6, None), keep_last=2
     ) == [2, 5, 6]
-    # known after a restart, and to one that is better; what is kept for good stays besides
+    # The best one is remembered after a restart; `keep_every` is independent of it.
     assert small(
         tmp_path, (7, None), (8, 0.5), (9, None), (10, 4.0), keep_last=1, keep_every=7
     ) == [7, 8, 10]

@@ -149,7 +149,7 @@ def test_a_later_stage_that_cannot_be_is_refused_at_once(lab, tmp_path):
 
 def test_a_stage_that_does_not_start_where_the_other_stands(lab, phase1, tmp_path):
     said = lab.run("phase2_16k", tmp_path, f"--config.init_from={phase1}", expect=2)
-    assert "stands at step 40 and phase2_16k starts at 60" in said
+    assert "is at step 40 and phase2_16k starts at 60" in said
 
 
 def test_a_second_run_in_the_same_workdir(lab, tmp_path):
@@ -173,7 +173,7 @@ def test_no_room_for_a_checkpoint(lab, tmp_path):
     try:
         said = lab.run("phase1", small / "run", "--config.checkpoint.keep_last=50", expect=2)
         step = checkpoint.find(small / "run")[1]
-        assert "free some space" in said and f"goes on from step {step}" in said
+        assert "free some space" in said and f"rerun to resume from step {step}" in said
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         said = lab.run("phase1", small / "run", "--config.checkpoint.keep_last=50")
         assert f"at step {step}" in said and "finished at step 40" in said

@@ -19,6 +19,7 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.loop import train
 from nanollama_jax.train.metrics import read_rows
+from nanollama_jax.train.optimizer import schedules
 from tests.end_to_end.conftest import rows
 from tests.end_to_end.test_tuning import THETA
 
@@ -50,7 +51,7 @@ def workdir(finished, tmp_path) -> pathlib.Path:
 
 
 def test_a_finished_phase_goes_on_in_the_same_order_and_says_what_changed(lab, workdir, tmp_path):
-    windows = checkpoint.read_metadata(workdir, 12)["shuffle_windows"]
+    windows = checkpoint.read_metadata(workdir, 12).shuffle_windows
     first = (workdir / "config.json").read_bytes()
     longer = config_of(lab, "phase1", "end_step=20", "optimizer.peak_lr=1e-3")
     assert windows["docs"] < pipeline.shuffle_windows(longer.data.sources, 32, 20 * 8)["docs"]
@@ -85,7 +86,7 @@ def test_a_finished_phase_goes_on_in_the_same_order_and_says_what_changed(lab, w
     assert (workdir / "config_until_step_12.json").read_bytes() == first
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["peak_lr"] == 1e-3
     about = checkpoint.read_metadata(workdir, 20)
-    assert (about["shuffle_windows"], about["tokens_seen"]) == (windows, 20 * 256)
+    assert (about.shuffle_windows, about.tokens_seen) == (windows, 20 * 256)
 
     # The next phase has other batches: its tokens are added, not multiplied.
     here = (
@@ -97,7 +98,7 @@ def test_a_finished_phase_goes_on_in_the_same_order_and_says_what_changed(lab, w
         "schedule.total_steps=90",
     )
     train(config_of(lab, "phase2_8k", *here), tmp_path / "phase2")
-    assert checkpoint.read_metadata(tmp_path / "phase2", 22)["tokens_seen"] == 20 * 256 + 2 * 128
+    assert checkpoint.read_metadata(tmp_path / "phase2", 22).tokens_seen == 20 * 256 + 2 * 128
     assert not list((tmp_path / "phase2").glob("config_until*"))
 
 
@@ -126,7 +127,7 @@ def test_a_run_without_its_checkpoints_stops_and_one_that_saved_none_starts_agai
     (workdir / "checkpoints").rename(workdir / "elsewhere")
     with pytest.raises(
         BadInput,
-        match="had a checkpoint of step 12 and has none now: put checkpoints/step_12 back, or choose another --workdir",
+        match="had a checkpoint of step 12 and has none now: put checkpoints/step_12 back, or choose another workdir",
     ):
         train(config_of(lab, "phase1", "end_step=1"), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before
@@ -206,7 +207,7 @@ def test_fine_tuning_is_extended_where_the_rate_is_said(lab, task):
         BadInput,
         match=rf"with end_step {end} -> .* would jump at step {end} from 0 to .*decay_start={end} ",
     ):
-        check_changes(about(), about(*longer), end)
+        check_changes(about(), about(*longer), end, schedules)
     assert f"(learning rate 0 -> {about()['optimizer']['peak_lr']:.3g}" in check_changes(
-        about(), about(*longer, f"schedule.decay_start={end}"), end
+        about(), about(*longer, f"schedule.decay_start={end}"), end, schedules
     )

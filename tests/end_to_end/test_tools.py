@@ -214,17 +214,17 @@ def test_a_tuned_model_talks_and_is_questioned(run, undisturbed, tmp_path, monke
         (
             "compare_exports",
             ["--checkpoint", "CHECKPOINT", "--hf", "nowhere"],
-            "nowhere is no folder that tools/export_hf.py wrote",
+            "nowhere is not a Hugging Face export",
         ),
         (
             "compare_exports",
             ["--checkpoint", "CHECKPOINT", "--gguf", "README.md"],
-            "README.md is no GGUF file",
+            "README.md is not a GGUF file",
         ),
         (
             "compare_exports",
             ["--checkpoint", "CHECKPOINT", "--gguf", "nowhere.gguf"],
-            "nowhere.gguf is no GGUF file",
+            "nowhere.gguf is not a GGUF file",
         ),
         ("evaluate", ["--checkpoint", "CHECKPOINT", "--tasks", "mmlu"], "'mmlu' is unknown"),
         (
@@ -338,9 +338,9 @@ def test_exports_of_another_model_are_not_compared(run, trained, tmp_path):
         (["--hf", tmp_path / "hf"], "it is another model's export"),
         (["--gguf", tmp_path / "f16.gguf"], "it is another model's export"),
         (["--hf", tmp_path / "damaged"], "transformers cannot read"),
-        (["--hf", trained], "is no folder that tools/export_hf.py wrote"),
-        (["--hf", tmp_path / "run"], "is no folder that tools/export_hf.py wrote"),
-        (["--gguf", tmp_path], "is no GGUF file"),
+        (["--hf", trained], "is not a Hugging Face export"),
+        (["--hf", tmp_path / "run"], "is not a Hugging Face export"),
+        (["--gguf", tmp_path], "is not a GGUF file"),
         ([], "there is nothing to compare with"),
     ):
         status, _, err = run(

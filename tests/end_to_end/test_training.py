@@ -92,7 +92,7 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     for path in (undisturbed / "curves.png", undisturbed / "phase1" / "curves.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     read = {
-        name: checkpoint.load(undisturbed / name).metadata["corpora"] for name in (*STAGES, *TUNING)
+        name: checkpoint.load(undisturbed / name).metadata.corpora for name in (*STAGES, *TUNING)
     }
     assert (
         read["phase1"] == read["phase2_16k"] == dict.fromkeys(("docs", "code", "reasoning"), "none")
@@ -110,16 +110,16 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
         and learning_rates[-1] == pytest.approx(2e-4)
     )
     about = checkpoint.read_metadata(undisturbed / "phase2_8k", 60)
-    assert (about["phase"], about["tokens_seen"], about["model"]["d_model"]) == (
+    assert (about.phase, about.tokens_seen, about.model.d_model) == (
         "phase2_8k",
         60 * 256,
         32,
     )
     assert (
-        about["rope_theta"] == pytest.approx(5e5)
-        and len(about["tokenizer_sha256"]) == len(about["data_sha256"]) == 64
+        about.rope_theta == pytest.approx(5e5)
+        and len(about.tokenizer_sha256) == len(about.data_sha256) == 64
     )
-    assert about["config"]["seq_len"] == 64
+    assert about.config["seq_len"] == 64
     step, state = saved_state(undisturbed / "phase3")
     # Each stage goes on in its sources where the last one with them stopped, and remembers those that it does not read.
     positions = {name: saved_positions(undisturbed / name) for name in STAGES}
@@ -131,7 +131,7 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
             there, here = (positions[stage][source]["at"] for stage in (before, name))
             if (
                 source
-                in checkpoint.read_metadata(undisturbed / name, STAGES[name][1])["config"]["data"][
+                in checkpoint.read_metadata(undisturbed / name, STAGES[name][1]).config["data"][
                     "sources"
                 ]
             ):

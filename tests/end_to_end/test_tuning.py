@@ -63,7 +63,7 @@ def test_what_a_curriculum_ends_with(lab, undisturbed):
         and loaded.tokenizer.is_chat
         and loaded.model.vocab_size == 328
     )
-    assert loaded.context_length == 256 and loaded.metadata["tokens_seen"] == 8 * 1024
+    assert loaded.context_length == 256 and loaded.metadata.tokens_seen == 8 * 1024
     with np.load(undisturbed / "dpo" / "reference.npz") as reference:
         assert reference["logprobs"].shape == (400, 2) and (reference["logprobs"] < 0).all()
 
@@ -78,11 +78,11 @@ def test_a_run_starts_where_it_can(lab, undisturbed, tmp_path):
             expect=2,
         )
 
-    assert "starts from a trained model: say from which run" in refused("sft", "")
+    assert "starts from a trained model: set init_from" in refused("sft", "")
     assert "already extended for chat: SFT starts from a base model's checkpoint" in refused(
         "sft", "sft"
     )
-    assert "with those of chats: name an SFT run of this scale" in refused("dpo", "phase3")
+    assert "of a chat model: name an SFT run of this scale" in refused("dpo", "phase3")
     assert "was trained up to rope theta 10000.0: set rope.start_theta=10000.0" in refused(
         "sft", "phase1"
     )

@@ -1,4 +1,6 @@
-"""Texts on which tokenizers disagree: spaces in all places, other alphabets, bytes without a piece, things that look like special tokens."""
+"""Texts on which tokenizers disagree: spaces everywhere, other alphabets, bytes without a piece,
+text that looks like special tokens.
+"""
 
 # ruff: noqa: RUF001  letters that look like others are the point
 import numpy as np
@@ -101,7 +103,7 @@ _PARTS = [
 
 
 def awkward_strings(count: int = 3200) -> list[str]:
-    """Each part alone, with spaces around it, and pieced together at random; all different."""
+    """Each part alone, with whitespace around it, and random concatenations; all different."""
     rng = np.random.default_rng(0)
     found = dict.fromkeys(
         [

@@ -1,4 +1,4 @@
-"""GGUF files, run by llama.cpp: the same tokens, logits and text as ours."""
+"""GGUF files in llama.cpp: the same tokens, logits and text as ours."""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ from tests.conftest import ROOT
 from tests.export.awkward import awkward_strings
 from tests.export.test_hf import our_logits, with_vocabulary
 
-LIMITS = {
+LIMITS = {  # of the mean KL divergence, nats a token
     "f32": 1e-9,
     "f16": 1e-5,
     "bf16": 1e-4,
     "q8_0": 5e-3,
     "q4_k_m": 5e-2,
-}  # of the mean KL divergence, nats a token
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_llama_cpp_gives_our_logits(loaded, files, kind):
     assert max(d.mean_kl for d in differences) < LIMITS[kind]
     if kind == "f32":
         assert max(d.largest for d in differences) < 1e-4
-    if kind in gguf.QUANTISED:
-        assert min(d.mean_kl for d in differences) > 1e-7, "it is not quantised"
+    if kind in gguf.QUANTIZED:
+        assert min(d.mean_kl for d in differences) > 1e-7, "it is not quantized"
 
 
 def test_llama_cpp_generates_our_text(trained, loaded, files):
@@ -84,7 +84,7 @@ def test_llama_cpp_gives_sentencepiece_ids(which, loaded, files, tmp_path, reque
 
 
 def test_stories260k(shared_data, tmp_path):
-    """Widths that are no multiple of 32, a dummy prefix, real weights."""
+    """Widths that are not multiples of 32, a dummy prefix, real weights."""
     folder = shared_data / "weights/stories260K"
     loaded = llama2c.read(folder / "stories260K.bin", folder / "tok512.bin")
     gguf.export(loaded, tmp_path / "f32.gguf", "f32")
@@ -97,7 +97,7 @@ def test_stories260k(shared_data, tmp_path):
     assert theirs.greedy([tokens], 200) == [
         engine.generate([tokens], max_new_tokens=200, stop_ids=())[0].tokens
     ]
-    with pytest.raises(BadInput, match="ffn_dim=172 is no multiple"):
+    with pytest.raises(BadInput, match="ffn_dim=172 is not a multiple"):
         gguf.export(loaded, tmp_path / "q8.gguf", "q8_0")
 
 
@@ -122,7 +122,7 @@ def test_refusals(loaded, files, tmp_path):
         loaded.path,
     )
     with pytest.raises(
-        BadInput, match="q4_k_m packs 256 weights together and d_model=192 is no multiple"
+        BadInput, match="q4_k_m packs 256 weights together and d_model=192 is not a multiple"
     ):
         gguf.export(narrow, tmp_path / "x.gguf", "q4_k_m")
     before = (files / "f16.gguf").read_bytes()
@@ -134,7 +134,7 @@ def test_refusals(loaded, files, tmp_path):
 
 
 def test_perplexity_by_llama_cpps_rule(trained, loaded, files):
-    """The rule of llama-perplexity, spelt out over llama.cpp's own logits, against ours over our scores."""
+    """llama-perplexity's rule, written out over llama.cpp's logits, gives our perplexity."""
     context, text = 64, (ROOT / "nanollama_jax/checkpoint/store.py").read_text().removesuffix("\n")
     theirs = LlamaCpp(files / "f32.gguf", context)
     ids = [1, *theirs.tokenize(text)]

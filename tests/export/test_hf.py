@@ -1,4 +1,4 @@
-"""Exports read by transformers, and imported again."""
+"""Hugging Face exports, read by transformers and imported again."""
 
 import dataclasses
 import json
@@ -17,10 +17,11 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from nanollama_jax import checkpoint
 from nanollama_jax.chat import chatml as chat
 from nanollama_jax.chat.conversations import Message
+from nanollama_jax.checkpoint.metadata import parse_provenance, provenance
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export import gguf, hf, llama2c
+from nanollama_jax.export import gguf, hf, hf_import, llama2c
 from nanollama_jax.export.compare import Transformers
-from nanollama_jax.export.model_card import model_card, provenance, restored_provenance
+from nanollama_jax.export.model_card import model_card
 from nanollama_jax.files import write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import llama
@@ -61,7 +62,7 @@ def our_logits(loaded: checkpoint.Loaded, tokens: list[int]) -> np.ndarray:
 
 
 def with_vocabulary(loaded: checkpoint.Loaded, tokenizer: Tokenizer) -> checkpoint.Loaded:
-    """The model with embedding and head of the tokenizer's size, zeros in what is new."""
+    """The model with embedding and head of the tokenizer's size; new rows are zeros."""
     more = tokenizer.vocab_size - loaded.model.vocab_size
     embedding = np.pad(loaded.params["embedding"]["kernel"], ((0, more), (0, 0)))
     head = np.pad(loaded.params["head"]["kernel"], ((0, 0), (0, more)))
@@ -103,7 +104,7 @@ def test_what_the_configuration_says(loaded, exported):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_export_import_export_is_byte_identical(loaded, tmp_path, dtype):
     hf.export(loaded, tmp_path / "first", dtype)
-    written = checkpoint.save_weights(hf.read(tmp_path / "first"), tmp_path / "run")
+    written = checkpoint.save_weights(hf_import.read(tmp_path / "first"), tmp_path / "run")
     hf.export(checkpoint.load(written), tmp_path / "second", dtype)
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert (
@@ -127,7 +128,7 @@ def test_shards(loaded, exported, tmp_path):
         for folder in (exported, tmp_path / "shards")
     )
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
-    again = hf.read(tmp_path / "shards")
+    again = hf_import.read(tmp_path / "shards")
     np.testing.assert_array_equal(
         again.params["layers_1"]["attention"]["o"]["kernel"],
         loaded.params["layers_1"]["attention"]["o"]["kernel"],
@@ -171,9 +172,9 @@ def test_a_chat_vocabulary_brings_its_template(loaded, exported, tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "chat").eos_token_id == [2, end]
 
 
-def test_training_goes_on_from_an_import(exported, trained, tmp_path):
-    """The weights are those, in the layout that the config asks for; the optimizer is fresh."""
-    checkpoint.save_weights(hf.read(exported), tmp_path / "imported")
+def test_training_starts_from_an_import(exported, trained, tmp_path):
+    """The weights are the imported ones, in the layout of the config; the optimizer is new."""
+    checkpoint.save_weights(hf_import.read(exported), tmp_path / "imported")
     config = config_of(trained.parent)
     config.update(dict(init_from=str(tmp_path / "imported"), end_step=2))
     config.model.scan_layers = True
@@ -186,13 +187,13 @@ def test_training_goes_on_from_an_import(exported, trained, tmp_path):
     ]["validation_perplexity"]["code"]
     assert rows[0]["validation_perplexity"]["code"] == pytest.approx(before, rel=1e-4)
     after = checkpoint.load(tmp_path / "run").metadata
-    assert after["step"] == 2 and after["provenance"]["phase"] == "phase1"
+    assert after.step == 2 and after.provenance["phase"] == "phase1"
     with pytest.raises(BadInput, match="holds imported weights"):
         train(config, tmp_path / "imported")
 
 
 def test_tied_embeddings(loaded, exported, tmp_path):
-    """A folder whose head is its embedding: transformers writes no lm_head then."""
+    """transformers writes no lm_head if the head is the embedding."""
     config = transformers.AutoConfig.from_pretrained(exported)
     config.tie_word_embeddings = True
     model = transformers.LlamaForCausalLM(config)
@@ -200,13 +201,13 @@ def test_tied_embeddings(loaded, exported, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
     shutil.copy(exported / "tokenizer.model", tmp_path / "tied")
     tokens = [1, 5, 9, 200, 7]
-    ours = our_logits(hf.read(tmp_path / "tied"), tokens)
+    ours = our_logits(hf_import.read(tmp_path / "tied"), tokens)
     with torch.no_grad():
         np.testing.assert_allclose(ours, model(torch.tensor([tokens])).logits[0].numpy(), atol=1e-4)
 
 
 def test_stories260k_from_llama2c(shared_data, tmp_path):
-    """Its weights as the oracle reads them, its text as a story, by way of a checkpoint and an export."""
+    """It has the oracle's weights, tells a story as a checkpoint, and keeps its ids as an export."""
     folder = shared_data / "weights/stories260K"
     loaded = llama2c.read(folder / "stories260K.bin", folder / "tok512.bin")
     model, params = read_stories260k(folder / "stories260K.bin")
@@ -251,7 +252,8 @@ def broken(exported, folder, **changes):
         (dict(num_hidden_layers=3), r"no tensor model.layers.2.input_layernorm.weight"),
         (
             dict(num_hidden_layers=1),
-            r"model.layers.1.input_layernorm.weight, which a Llama of its config.json has not \(9 such",
+            r"model.layers.1.input_layernorm.weight, which a Llama with its config.json does not "
+            r"have \(9 such",
         ),
         (
             dict(num_hidden_layers=10**9),
@@ -275,25 +277,25 @@ def broken(exported, folder, **changes):
 )
 def test_folders_that_are_refused(exported, tmp_path, changes, message):
     with pytest.raises(BadInput, match=message):
-        hf.read(broken(exported, tmp_path / "broken", **changes))
+        hf_import.read(broken(exported, tmp_path / "broken", **changes))
 
 
 def test_damaged_folders(exported, tmp_path):
     with pytest.raises(BadInput, match=r"config.json: No such file"):
-        hf.read(tmp_path)
+        hf_import.read(tmp_path)
     folder = broken(exported, tmp_path / "pickled")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match="pickle files are not opened"):
-        hf.read(folder)
+        hf_import.read(folder)
     folder = broken(exported, tmp_path / "truncated")
     blob = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(blob[:-100])
     with pytest.raises(BadInput, match="damaged"):
-        hf.read(folder)
+        hf_import.read(folder)
     folder = broken(exported, tmp_path / "untokenized")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(BadInput, match=r"tokenizer.model: No such file"):
-        hf.read(folder)
+        hf_import.read(folder)
 
 
 def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
@@ -304,7 +306,7 @@ def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
     for name in ("mine", "link", "run"):
         with pytest.raises(BadInput, match="exists"):
             hf.export(loaded, tmp_path / name)
-        with pytest.raises(BadInput, match=r"config.json|is no earlier export"):
+        with pytest.raises(BadInput, match=r"config.json|is not an earlier export"):
             hf.export(loaded, tmp_path / name, overwrite=True)
     assert (tmp_path / "mine/precious").exists() and checkpoint.find(tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine", "run"], (
@@ -315,9 +317,9 @@ def test_only_an_export_is_overwritten(loaded, trained, tmp_path):
 def test_overwriting_removes_nothing_but_an_export(trained, tmp_path):
     loaded = tiny(checkpoint.load(trained).tokenizer)
     hf.export(loaded, tmp_path / "out")
-    run = checkpoint.save_weights(hf.read(tmp_path / "out"), tmp_path / "out/run")
+    run = checkpoint.save_weights(hf_import.read(tmp_path / "out"), tmp_path / "out/run")
     with pytest.raises(
-        BadInput, match="out holds run, which no export writes and --overwrite would remove"
+        BadInput, match="out holds run, which no export writes and overwriting would remove"
     ):
         hf.export(checkpoint.load(run), tmp_path / "out", overwrite=True)
     assert checkpoint.load(run)
@@ -374,7 +376,7 @@ def test_what_contradicts_itself_is_not_exported(loaded, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_export(loaded, tmp_path):
-    """A limit on the size of files stands for the disk's end; the real writers meet it."""
+    """A limit on file sizes stands in for a full disk; the real writers run into it."""
     hf.export(loaded, tmp_path / "out")
     before = (tmp_path / "out/model.safetensors").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -418,7 +420,7 @@ def test_weights_that_are_not_finite(loaded, exported, tmp_path):
         folder / "model.safetensors",
     )
     with pytest.raises(BadInput, match="model.norm.weight has values that are not finite"):
-        hf.read(folder)
+        hf_import.read(folder)
 
 
 def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
@@ -428,24 +430,22 @@ def test_the_files_that_transformers_would_read(loaded, exported, tmp_path):
     )
     save_file({"model.norm.weight": np.zeros(256, np.float32)}, folder / "zz-old.safetensors")
     np.testing.assert_array_equal(
-        hf.read(folder).params["final_norm"]["scale"], loaded.params["final_norm"]["scale"]
+        hf_import.read(folder).params["final_norm"]["scale"], loaded.params["final_norm"]["scale"]
     )
     hf.export(loaded, tmp_path / "shards", shard_bytes=2_000_000)
     next((tmp_path / "shards").glob("model-00002*")).unlink()
     with pytest.raises(BadInput, match="model-00002-of-"):
-        hf.read(tmp_path / "shards")
+        hf_import.read(tmp_path / "shards")
 
 
-def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_path):
-    about = {"weights_only": True, "provenance": {"imported_from": "TinyLlama-1.1B"}}
-    assert provenance(about) == {"imported_from": "TinyLlama-1.1B"}
-    trained_on = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text()) | {
-        "provenance": about["provenance"]
-    }
+def test_where_the_weights_come_from_is_not_forgotten(loaded, exported, tmp_path):
+    origin = {"imported_from": "TinyLlama-1.1B"}
+    assert provenance(dataclasses.replace(imported(loaded), provenance=origin)) == origin
+    trained_on = dataclasses.replace(loaded.metadata, provenance=origin)
     found = provenance(trained_on)
-    assert found["started_from"] == about["provenance"] and restored_provenance(found) == found
+    assert found["started_from"] == origin and parse_provenance(found) == found
     assert "Started from the weights of TinyLlama-1.1B" in model_card(
-        checkpoint.load(trained).model, trained_on, "float32"
+        loaded.model, trained_on, "float32"
     )
     for untrusted in (
         "x",
@@ -456,27 +456,31 @@ def test_where_the_weights_come_from_is_not_forgotten(exported, trained, tmp_pat
         found | {"step": "x"},
         found | {"corpora": {"a": "b\n"}},
     ):
-        assert restored_provenance(untrusted) is None
+        assert parse_provenance(untrusted) is None
     folder = broken(exported, tmp_path / "odd", nanollama="x")
-    assert hf.read(folder).metadata["provenance"] == {"imported_from": "odd"}
+    assert hf_import.read(folder).metadata.provenance == {"imported_from": "odd"}
 
 
-def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(trained):
-    metadata = json.loads((trained / "checkpoints/step_60/metadata/metadata").read_text())
-    assert metadata["corpora"] == {"code": "PSF-2.0"}
-    config = metadata["config"]
-    config["corpora"]["never_read"] = {"url": "builtin://docs", "licence": "secret"}
-    metadata["corpora"] = {"code": "not stated", "books": "CC0"}  # books: of a phase before
-    card = model_card(checkpoint.load(trained).model, metadata, "float32")
+def imported(loaded: checkpoint.Loaded) -> checkpoint.Metadata:
+    return checkpoint.weights_metadata(loaded.model, loaded.tokenizer, 1e4, 128, {})
+
+
+def test_the_card_lists_what_was_trained_on_and_no_licence_of_another_url(loaded):
+    metadata = loaded.metadata
+    assert metadata.corpora == {"code": "PSF-2.0"}
+    never_read = {"never_read": {"url": "builtin://docs", "licence": "secret"}}
+    config = metadata.config | {"corpora": metadata.config["corpora"] | never_read}
+    # books: of a stage before
+    corpora = {"code": "not stated", "books": "CC0"}
+    changed = dataclasses.replace(metadata, config=config, corpora=corpora)
+    card = model_card(loaded.model, changed, "float32")
     assert (
         "| books | CC0 |\n| code | not stated |\n" in card
         and "never_read" not in card
         and "PSF" not in card
     )
-    before = {
-        key: value for key, value in metadata.items() if key != "corpora"
-    }  # an older checkpoint
-    assert provenance(before)["corpora"] == {"code": "PSF-2.0"}
+    earlier = {key: value for key, value in changed.to_dict().items() if key != "corpora"}
+    assert provenance(checkpoint.Metadata.from_dict(earlier))["corpora"] == {"code": "PSF-2.0"}
 
 
 def test_a_tokenizer_that_the_formats_cannot_express(loaded, tmp_path):

@@ -1,4 +1,6 @@
-"""Exported tokenizers and chat templates, in transformers and in llama.cpp: SentencePiece's ids or a refusal, one BOS, padding."""
+"""Exported tokenizers and chat templates in transformers and llama.cpp: SentencePiece's ids or a
+refusal, one BOS, padding.
+"""
 
 import functools
 import io
@@ -14,7 +16,7 @@ from nanollama_jax import checkpoint
 from nanollama_jax.chat import chatml as chat
 from nanollama_jax.chat.conversations import Message
 from nanollama_jax.errors import BadInput
-from nanollama_jax.export import gguf, hf
+from nanollama_jax.export import gguf, hf, hf_import
 from nanollama_jax.export.compare import LlamaCpp
 from nanollama_jax.export.tokenizer_json import CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE, tokenizer_files
 from nanollama_jax.tokenizer import Tokenizer
@@ -53,7 +55,7 @@ MESSAGES = [{"role": message.role, "content": message.content} for message in WO
 
 @functools.cache
 def trained_bytes(**options) -> bytes:
-    """A SentencePiece model like ours, but for `options`."""
+    """A SentencePiece model like ours, except for `options`."""
     text = "".join(
         (ROOT / name).read_text() for name in ("README.md", "nanollama_jax/tokenizer.py")
     )
@@ -91,7 +93,7 @@ def changed(
     more=(),
     **normalizer,
 ) -> Tokenizer:
-    """Our kind of model with other types and scores of some pieces, and more pieces: (name, type)."""
+    """A model like ours with other types and scores of some pieces, and `more`: (name, type)."""
     proto = spm.ModelProto.FromString(trained_bytes())
     for piece in proto.pieces:
         piece.type, piece.score = (
@@ -141,7 +143,8 @@ def test_ids_are_sentencepieces(kind, tmp_path):
 
 
 def test_runs_of_pieces_with_one_score(tmp_path):
-    """Llama 2's and Mistral's runs of spaces: SentencePiece merges the leftmost pair of those that have the best score."""
+    """As Llama 2's and Mistral's runs of spaces: of equal scores SentencePiece merges the leftmost
+    pair."""
     for i, lengths in enumerate(((2, 3, 4, 5, 6, 8, 9, 14, 16), (2, 4, 8, 16), (2, 3, 5, 8, 13))):
         proto = spm.ModelProto.FromString(trained_bytes())
         proto.pieces.extend(Piece(piece="~" * count, score=-1e9) for count in (1, *lengths))
@@ -303,7 +306,10 @@ def test_a_base_model_writes_bos_before_every_text(base, tmp_path):
 
 def test_a_template_that_writes_no_bos_leaves_it_to_the_tokenizer(base, tmp_path):
     """TinyLlama's and Zephyr's."""
-    plain = "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}{% endfor %}"
+    plain = (
+        "{% for message in messages %}{{ message.role + ':' + message.content + eos_token }}"
+        "{% endfor %}"
+    )
     tokenizer = theirs(base, tmp_path / "plain", {"default": plain})
     ids = tokenizer(tokenizer.apply_chat_template(MESSAGES, tokenize=False)).input_ids
     assert (
@@ -317,7 +323,7 @@ def test_a_template_that_writes_no_bos_leaves_it_to_the_tokenizer(base, tmp_path
 
 
 def test_llama_cpp_has_one_bos(chatty, tmp_path):
-    """It takes the template's away and adds its own; its built-in ChatML writes none."""
+    """It removes the template's and adds its own; its built-in ChatML writes none."""
     gguf.export(tiny(chatty), tmp_path / "chat.gguf", "f16")
     fields = gguf_library.GGUFReader(tmp_path / "chat.gguf").fields
     said = {
@@ -346,7 +352,10 @@ def test_llama_cpp_has_one_bos(chatty, tmp_path):
 # ---- Templates of imported folders
 
 
-TEMPLATE = "{# ünï\r\n #}{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message.content }}{% endfor %}  \n\n"
+TEMPLATE = (
+    "{# ünï\r\n #}{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}]{{ message.content }}{% endfor %}  \n\n"
+)
 FOLDERS = {
     "a file": (
         lambda folder, config: (folder / "chat_template.jinja").write_bytes(TEMPLATE.encode()),
@@ -390,11 +399,11 @@ def folder_of(make, base, folder):
 def test_a_chat_template_survives_import_and_export(kind, base, tmp_path):
     make, templates = FOLDERS[kind]
     written = checkpoint.save_weights(
-        hf.read(folder_of(make, base, tmp_path / "theirs")), tmp_path / "run"
+        hf_import.read(folder_of(make, base, tmp_path / "theirs")), tmp_path / "run"
     )
     loaded = checkpoint.load(written)
     hf.export(loaded, tmp_path / "again", "float32")
-    assert hf.read(tmp_path / "again").metadata.get("chat_template", {}) == templates
+    assert hf_import.read(tmp_path / "again").metadata.chat_template == templates
     if "default" in templates and len(templates) == 1:
         assert (tmp_path / "again/chat_template.jinja").read_bytes() == TEMPLATE.encode()
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "again").chat_template
@@ -427,7 +436,7 @@ def test_a_chat_template_survives_import_and_export(kind, base, tmp_path):
 
 def test_our_own_chat_export_comes_back_as_it_was(chatty, tmp_path):
     hf.export(tiny(chatty), tmp_path / "first", "float32")
-    loaded = hf.read(tmp_path / "first")
+    loaded = hf_import.read(tmp_path / "first")
     hf.export(loaded, tmp_path / "second", "float32")
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
@@ -461,7 +470,7 @@ def test_chat_templates_that_are_refused(template, base, tmp_path):
         BadInput,
         match=r"tokenizer_config.json: chat_template is neither text nor a list of named texts",
     ):
-        hf.read(folder)
+        hf_import.read(folder)
 
 
 def test_a_chat_template_that_is_not_utf8(base, tmp_path):
@@ -471,4 +480,4 @@ def test_a_chat_template_that_is_not_utf8(base, tmp_path):
         tmp_path / "theirs",
     )
     with pytest.raises(BadInput, match=r"a chat template \(.jinja\) cannot be read"):
-        hf.read(folder)
+        hf_import.read(folder)

@@ -1,4 +1,4 @@
-"""A model of random weights for any tokenizer, for exports whose weights do not matter."""
+"""A model with random weights for any tokenizer, for tests in which weights do not matter."""
 
 import jax
 import numpy as np
@@ -9,8 +9,8 @@ from nanollama_jax.model.llama import param_shapes
 from nanollama_jax.tokenizer import Tokenizer
 
 
-def tiny(tokenizer: Tokenizer, **metadata: object) -> checkpoint.Loaded:
-    """One layer of width 32; `metadata` is added to that of an import."""
+def tiny(tokenizer: Tokenizer) -> checkpoint.Loaded:
+    """One layer of width 32."""
     model = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         num_layers=1,
@@ -27,4 +27,4 @@ def tiny(tokenizer: Tokenizer, **metadata: object) -> checkpoint.Loaded:
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), param_shapes(model)
     )
     about = checkpoint.weights_metadata(model, tokenizer, 10_000.0, 128, {"imported_from": "tiny"})
-    return checkpoint.Loaded(model, params, tokenizer, about | metadata, "tiny")
+    return checkpoint.Loaded(model, params, tokenizer, about, "tiny")

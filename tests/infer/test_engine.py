@@ -412,6 +412,6 @@ def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
     (other / "metadata/metadata").write_text(json.dumps(metadata))
     with pytest.raises(
         BadInput,
-        match="is of an earlier version, which kept queries, keys and values apart: export it with that version",
+        match="is from an earlier version, which kept queries, keys and values apart: export it as a Hugging Face folder with that version",
     ):
         checkpoint.load(other)
