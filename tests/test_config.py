@@ -403,7 +403,7 @@ def test_names_that_are_nearly_right():
         ),
         (["--config=configs/sft.py:"], "unknown scale ''"),
         (["--config=README.md"], "README.md:4 is not Python, so not a recipe"),
-        (["--config=configs/common.py"], "the recipe does not load: "),
+        (["--config=nanollama_jax/recipes/sizes.py"], "the recipe does not load: "),
         (["--config=configs"], "Is a directory"),
         (
             ["--config=configs/phase1.py:nano", "--config.batch_size=0", "--config.accumulation=0"],
