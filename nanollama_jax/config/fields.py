@@ -131,6 +131,27 @@ class Field:
         """The allowed values in words: "a number above 0 and at most 1"."""
         if self.form:
             return self.form.words
+        if self.type is bool:
+            return "True or False"
+        options = [_shown(choice) for choice in self.choices]
+        if self.bounded:
+            bounds = (
+                ("at least", self.ge),
+                ("above", self.gt),
+                ("at most", self.le),
+                ("below", self.lt),
+            )
+            limits = " and ".join(f"{words} {_shown(x)}" for words, x in bounds if x is not None)
+            if None not in (self.ge, self.le):
+                limits = f"from {_shown(self.ge)} to {_shown(self.le)}"
+            options.append(f"{'a whole number' if self.type is int else 'a number'} {limits}")
+        return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else value or "''"
 
 
 def setting(default: Any, meaning: str, **allowed: Any) -> Any:
