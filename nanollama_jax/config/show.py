@@ -59,4 +59,6 @@ _SAME = object()
 
 def _line(name: str, value: Any, given: Any = _SAME) -> str:
     is_derived = name.rpartition(".")[2] in DERIVED or (given is not _SAME and given != value)
-    return f"{name}={shlex.quote(str(value))}" + ("  # derived" if is_derived else "")
+    text = str(value)
+    quoted = f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
+    return f"{name}={quoted}" + ("  # derived" if is_derived else "")
