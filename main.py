@@ -1,10 +1,10 @@
 """Trains one stage, a whole curriculum, or your own text, as a recipe says.
 
-python main.py --config configs/curriculum.py:nano            all stages, minutes on a laptop CPU
-python main.py --config configs/own.py:nano --config.text='texts/**/*.txt'    your text
-python main.py --config configs/phase1.py --workdir runs/1b/phase1            a phase of the 1B model
-python main.py --config configs/phase1.py:nano --config.optimizer.peak_lr=1e-3     any value by name
-python main.py --config configs/phase1.py:nano --print_config                 what would run
+python main.py --config configs/curriculum.py:nano                   all stages, minutes on a CPU
+python main.py --config configs/own.py:nano --config.text='texts/**/*.txt'             your text
+python main.py --config configs/phase1.py --workdir runs/1b/phase1     a phase of the 1B model
+python main.py --config configs/phase1.py:nano --config.optimizer.peak_lr=1e-3      any value
+python main.py --config configs/phase1.py:nano --print_config              what would run
 
 Rerun the command to resume. With several hosts, run it on each with --coordinator=HOST:PORT
 --num_processes=N --process_id=I (--coordinator=auto under Slurm or Open MPI). SIGTERM, SIGHUP,

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -34,7 +35,7 @@ MIN_STEPS = 100
 BYTES_PER_PIECE = 256  # of text, for each piece of the vocabulary, where the text is small
 MIN_PIECES = 512
 FEW_DOCUMENTS = 64  # fewer are cut into pieces, so that some can be kept for validation
-SAMPLE_DOCUMENTS, SAMPLE_BYTES = 2000, 2**24
+SAMPLE_BYTES = 2**24  # enough to fill the largest vocabulary
 VALIDATION_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)  # tried after the recipe's
 BYTES_PER_TASK = 2**22
 
@@ -81,11 +82,16 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> Outcome:
     check_workdir(workdir)
     stage = prepare(config)
     outcome = train(stage, workdir)
-    if outcome.finished and jax.process_index() == 0:
+    if outcome.finished:
         folder = pathlib.Path(workdir) / checkpoint.FOLDER / f"step_{outcome.step}"
-        console.print(f"Checkpoint: {folder}")
-        console.print(f"Generate:   python tools/generate.py --checkpoint {workdir}")
+        _say(f"Checkpoint: {folder}")
+        _say(f"Generate:   python tools/generate.py --checkpoint {shlex.quote(str(workdir))}")
     return outcome
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        console.print(line)
 
 
 def default_workdir(config: ConfigDict) -> str:
@@ -125,7 +131,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
     stage = _stage_to_prepare(config, survey, folder)
     _train_tokenizer(stage, survey)
     if not any(config.data.benchmarks.values()):
-        console.print(
+        _say(
             f"{config.text}: not searched for benchmarks; name some to do so: "
             "--config.data.benchmarks.NAME=URL"
         )
@@ -185,8 +191,8 @@ class Measure:
 def measure(
     texts: Iterable[str], fractions: Iterable[float], *, everything: bool = False
 ) -> Measure:
-    """Counts documents, and how many each fraction would keep for validation, until there are
-    enough to judge by, but FEW_DOCUMENTS at least."""
+    """Counts documents, and how many each fraction would keep for validation, in the first
+    SAMPLE_BYTES and FEW_DOCUMENTS or in everything."""
     found, digest = Measure(), hashlib.sha256()
     for text in texts:
         data = text.encode()
@@ -196,8 +202,7 @@ def measure(
         found.bytes += len(data)
         found.alphabet.update(text)
         found.validation.update(f for f in fractions if split_of(data, f) == "validation")
-        is_enough = found.documents >= SAMPLE_DOCUMENTS or found.bytes >= SAMPLE_BYTES
-        if is_enough and found.documents >= FEW_DOCUMENTS and not everything:
+        if not everything and found.documents >= FEW_DOCUMENTS and found.bytes >= SAMPLE_BYTES:
             break
     found.sha256 = digest.hexdigest()
     return found
@@ -273,7 +278,7 @@ def _train_tokenizer(stage: ConfigDict, survey: Survey) -> None:
     path = stage.tokenizer.path
     size = stage.model.vocab_size or survey.vocab_size
     while not os.path.exists(path):
-        console.print(f"training {path}: {size:,} pieces")
+        _say(f"training {path}: {size:,} pieces")
         try:
             train_tokenizer_for([survey.prepared_url], path, size, stage.tokenizer.training_bytes)
         except BadInput:
@@ -302,7 +307,7 @@ def _set_length(stage: ConfigDict, config: ConfigDict, folder: pathlib.Path) -> 
     stage.validation.every = min(stage.validation.every, max(1, steps // 5))
     epochs = steps * stage.tokens_per_step / tokens
     why = "" if steps == asked else f", not the {asked} of {config.epochs:g}: at least {MIN_STEPS}"
-    console.print(
+    _say(
         f"{config.text}: {tokens:,} tokens to train on, {stage.model.vocab_size:,} in the "
         f"vocabulary; {steps:,} steps of {stage.tokens_per_step:,} tokens are {epochs:.2f} epochs"
         f"{why}"

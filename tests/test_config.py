@@ -1,5 +1,5 @@
-"""Every setting of every recipe is declared with its allowed values, and `check` refuses all others:
-no odd value hangs, raises another exception, or breaks the arithmetic behind it."""
+"""Every setting of every recipe is declared with its allowed values, and `check` refuses all
+others: no odd value hangs, raises another exception, or breaks the arithmetic behind it."""
 
 import ast
 import dataclasses
@@ -436,6 +436,9 @@ def test_the_recipe_for_any_text(scale):
     check(whole)
     names = {declared_name(path) for path, _ in config.leaves(whole.to_dict())}
     assert names >= OWN_FIELDS.keys()
+    other = recipe("phase1")
+    set_leaf(other, ("epochs",), 1.0)
+    assert refusal(check, other) == "epochs is for configs/own.py"
     assert "end_step is missing" in refusal(settle.resolve, recipe_without(phase1, "end_step"))
 
 

@@ -1,4 +1,4 @@
-"""Text to a checkpoint in one call: what is derived from the text, resuming, and what is refused."""
+"""From text to a checkpoint in one call: what the text decides, resuming, and what is refused."""
 
 import json
 import random
@@ -75,8 +75,8 @@ def test_one_book_to_a_checkpoint_and_again(tmp_path, monkeypatch, capfd):
     ):
         own.train_on_text(str(book), "nano", workdir, settings)
     assert sorted(path for path in workdir.rglob("*") if path.is_file()) == before
-    book.unlink()  # what was prepared from it is whole
-    assert own.train_on_text(str(book), "nano", workdir, settings).finished
+    book.unlink()  # what was prepared from it is still there
+    assert own.prepare(config_of(tmp_path, str(book))).tokenizer.vocab_size <= 512
 
 
 def test_steps_and_schedule_follow_from_tokens_and_epochs(tmp_path):

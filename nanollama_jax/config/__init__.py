@@ -100,6 +100,8 @@ def check(config: ConfigDict) -> None:
     stages = everything.pop("stages", None)
     shared = dict(leaves(everything))
     wrong = [_mistake("", path, value) for path, value in shared.items()]
+    if "text" not in config:
+        wrong += [f"{name} is for configs/own.py" for name in OWN_FIELDS if name in everything]
     optional = DERIVED + (DERIVED_FROM_TEXT if "text" in config else ())
     for stage, settings in (stages or {"": {}}).items():
         own, prefix = dict(leaves(settings)), f"stages.{stage}." if stages else ""

@@ -96,8 +96,8 @@ def tuning(
     warmup_steps: int = 100,
     sample_every: int = 500,
 ) -> ConfigDict:
-    """A fine-tuning stage, sft or dpo: its steps count from 0, and the learning rate falls to 0
-    right after `warmup_steps`. `rows` is its batch size; `prompts` are sampled from as it trains."""
+    """A fine-tuning stage, sft or dpo. Its steps count from 0; the learning rate falls to 0 from
+    the end of the warm-up. `rows` is the batch size; replies to `prompts` are sampled as it trains."""
     check_scale(scale)
     own = dict(steps=steps, rows=rows, seq_len=seq_len, peak_lr=peak_lr, shares=shares)
     own |= dict(prompts=prompts, warmup_steps=warmup_steps, sample_every=sample_every)
@@ -134,7 +134,7 @@ def tuning(
 
 
 def _stage(values: dict[str, Any]) -> ConfigDict:
-    """One micro-batch per step: 65,536 tokens at a time on each of two 80 GB GPUs. On one, use 2."""
+    # One micro-batch per step: 65,536 tokens at a time on each of two 80 GB GPUs. On one, use 2.
     stage = ConfigDict(values | {"accumulation": 1})
     # Follows the other two, however they are overridden.
     stage.tokens_per_step = stage.get_ref("batch_size") * stage.get_ref("seq_len")

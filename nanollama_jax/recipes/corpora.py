@@ -1,8 +1,8 @@
 """The corpora that the recipes name, how much of each is read, and the benchmarks kept out of them.
 
 Replace any by its URL: --config.corpora.fineweb_edu.url='file://texts/*.jsonl.zst', and set its
-licence: --config.corpora.fineweb_edu.licence=CC0. nanollama_jax/corpus/sources.py lists the forms of
-URLs, and the licences of the corpora named here.
+licence: --config.corpora.fineweb_edu.licence=CC0. nanollama_jax/corpus/sources.py lists the forms
+of URLs, and the licences of the corpora named here.
 """
 
 

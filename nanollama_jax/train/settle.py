@@ -1,6 +1,6 @@
 """Resolves a stage's config for this machine, and refuses what cannot run before anything is
-allocated, each in one line that says what to change. nanollama_jax/config checks single values; here
-are the rules between them.
+allocated, each in one line that says what to change. nanollama_jax/config checks single values;
+here are the rules between them.
 """
 
 import dataclasses
