@@ -7,7 +7,7 @@ from benchmarks.documents import draw_batches
 from benchmarks.kernels import Attention, product_shapes, time_products
 from benchmarks.timing import seconds_a_call
 from benchmarks.train import TOKENS, case_of_ours, our_config, packed_documents
-from configs import common
+from nanollama_jax.recipes import MODELS
 
 ATTENTION, REMAT, ACCUMULATION = (
     "cudnn_packed",
@@ -65,7 +65,7 @@ def rest(rows: list[Row]) -> list[str]:
 
 def measure_products(*, scale: str, seq_len: int, rows: int, rounds: int, name: str) -> Row:
     """Of all layers' weights of this name: forward and both gradients."""
-    shape = common.MODELS[scale]
+    shape = MODELS[scale]
     seconds = time_products(*product_shapes(shape, rows * seq_len, chunk=1)[name], rounds=rounds)
     return part(sum(seconds.values()), None, shape["num_layers"] * ACCUMULATION)
 

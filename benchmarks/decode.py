@@ -203,12 +203,12 @@ def random_model(scale: str):
     import jax.numpy as jnp
     from sentencepiece import sentencepiece_model_pb2 as spm
 
-    from configs import common
     from nanollama_jax.checkpoint import Loaded, weights_metadata
     from nanollama_jax.model import Llama, ModelConfig
+    from nanollama_jax.recipes import MODELS
     from nanollama_jax.tokenizer import Tokenizer
 
-    model = ModelConfig(**common.MODELS[scale], scan_layers=False)
+    model = ModelConfig(**MODELS[scale], scan_layers=False)
     proto, piece = spm.ModelProto(), spm.ModelProto.SentencePiece
     special = [
         ("<unk>", piece.UNKNOWN),

@@ -10,9 +10,9 @@ from benchmarks.cases import Case, Row, one_line
 from benchmarks.documents import draw_batches, squared_lengths
 from benchmarks.timing import seconds_a_call
 from benchmarks.train import TOKENS
-from configs import common
+from nanollama_jax.recipes import MODELS
 
-LOSS_CHUNK = 8192  # tokens, as in configs/common.py
+LOSS_CHUNK = 8192  # tokens, the default of loss.chunk_tokens
 ROOM = (4, 8, 16, 32)  # documents a row: model.packed_documents
 PRODUCT_COLUMNS = {
     f"{name}_tflops": (f"{heading} TFLOP/s", ".0f")
@@ -39,7 +39,7 @@ NOTES = (
 
 
 def gpu_cases(scale: str, rounds: int) -> list[Case]:
-    shape = common.MODELS[scale]
+    shape = MODELS[scale]
     products = Case("products", measure_products, (dict(scale=scale, rounds=rounds),))
 
     def attention(seq_len: int, backend: str, room: int, ragged: bool) -> Case:
@@ -92,7 +92,7 @@ def measure_products(
 ) -> Row:
     """A case: its row holds the rows of all products, under `table`."""
     found = []
-    for name, shape in product_shapes(common.MODELS[scale], tokens, chunk).items():
+    for name, shape in product_shapes(MODELS[scale], tokens, chunk).items():
         row = {"case": f"{name}, {shape[0]} x {shape[1]} x {shape[2]}"}
         try:
             seconds = time_products(*shape, rounds=rounds)

@@ -17,7 +17,7 @@ from benchmarks.cases import Case, Row
 from benchmarks.documents import draw_batches
 from benchmarks.timing import median_and_spread
 from benchmarks.train import TOKENS, case_of_ours
-from configs import common
+from nanollama_jax.recipes import MODELS
 
 CAUSAL = ("sdpa", "sdpa_cudnn")
 MASKED = ("varlen", "flex_attention")
@@ -129,7 +129,7 @@ def measure_torch(
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")  # what autocast leaves in float32
-    shape = shape or common.MODELS[scale]
+    shape = shape or MODELS[scale]
     micro_rows = max(1, micro_tokens // seq_len)
     count = max(1, step_tokens // (micro_rows * seq_len))
     model = llama(shape, attention).to(device)

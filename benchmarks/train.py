@@ -10,7 +10,8 @@ import numpy as np
 from benchmarks.cases import Case, Row
 from benchmarks.documents import draw_batches, mean_context
 from benchmarks.timing import median_and_spread
-from configs import common, phase1
+from configs import phase1
+from nanollama_jax.recipes import MODELS
 
 TOKENS = 65_536  # of a step on each GPU: half of phase 1's step, which is for two
 WARM_UP = 2
@@ -208,7 +209,7 @@ def benchmark_on_cpu(rounds: int, steps: int) -> None:
     """Rounds of `steps` steps of each in turn, so that a busy spell of the machine hits both; medians over rounds."""
     from benchmarks.torch_peer import cpu_step
 
-    shape, batch_size, seq_len = common.MODELS["nano"], 16, 256
+    shape, batch_size, seq_len = MODELS["nano"], 16, 256
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape["vocab_size"], (batch_size, seq_len + 1), dtype=np.int32)
     batch = {

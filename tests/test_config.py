@@ -1,9 +1,12 @@
-"""Every setting of every recipe is declared with what it may be, and nothing outside that gets past the check: no odd value hangs, escapes as
-another exception, or breaks the arithmetic behind it."""
+"""Every setting of every recipe is declared with its allowed values, and `check` refuses all
+others: no odd value hangs, raises another exception, or breaks the arithmetic behind it."""
 
+import ast
+import dataclasses
 import importlib
 import math
 import random
+import shlex
 import sys
 
 import grain
@@ -13,9 +16,18 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import curriculum, dpo, phase1
-from nanollama_jax import checkpoint, config, sharding
-from nanollama_jax.config import FIELDS, check, check_workdir, declared_name, defaults, did_you_mean
+from configs import curriculum, dpo, phase1, sft
+from nanollama_jax import checkpoint, config, sharding, tokenizer
+from nanollama_jax.config import (
+    FIELDS,
+    OWN_FIELDS,
+    check,
+    check_workdir,
+    declared_name,
+    defaults,
+    did_you_mean,
+    show,
+)
 from nanollama_jax.corpus import filters
 from nanollama_jax.curriculum import stages_of
 from nanollama_jax.data import pipeline
@@ -365,6 +377,108 @@ def test_sizes_that_are_each_allowed_may_be_too_much_together():
         settle.settle(whole)
 
 
+def test_values_that_follow_from_others():
+    whole = recipe("phase1")
+    whole.batch_size = 4
+    resolved = settle.resolve(whole)
+    assert (resolved.batch_size, resolved.tokens_per_step) == (4, 4 * 256)
+    assert resolved.mesh.data * resolved.mesh.fsdp == jax.device_count()
+    assert (resolved.model.dtype, resolved.model.attention) == ("float32", "xla")
+    assert resolved.data.sources == dict(whole.data.sources)
+    assert resolved.corpora["docs"].url == "builtin://docs"
+    assert whole.model.dtype == "auto"  # the recipe's own stays
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolved.optimizer.peak_lr = 1.0
+
+    whole.tokens_per_step = 1024  # agrees, as in a command line written when it had to be given
+    assert settle.resolve(whole) == resolved
+    whole.tokens_per_step = 2048
+    with pytest.raises(BadInput, match="tokens_per_step=2048 is not batch_size=4 x seq_len=256"):
+        settle.resolve(whole)
+    with whole.unlocked():
+        del whole["tokens_per_step"]
+    assert settle.resolve(whole) == resolved
+
+    stages = curriculum.get_config("nano")
+    stages.stages.phase2_8k.batch_size = 2
+    assert settle.resolve(stages_of(stages)["phase2_8k"]).tokens_per_step == 2 * 512
+
+
+def test_a_resolved_config_has_every_setting_of_its_recipe():
+    for module in (phase1, sft):
+        whole = module.get_config("nano")
+        found = {path for path, _ in config.leaves(settle.resolve(whole).to_dict())}
+        assert found == {path for path, _ in config.leaves(whole.to_dict())}
+
+
+def test_a_vocabulary_of_0_is_the_tokenizer_s(tmp_path):
+    path = tmp_path / "t.model"
+    whole, tuned = recipe("phase1"), recipe("sft")
+    whole.model.vocab_size = 0
+    whole.tokenizer.path = tuned.tokenizer.base = str(path)
+    tuned.tokenizer.path = str(tmp_path / "chat.model")
+    tuned.model.vocab_size = tuned.tokenizer.vocab_size = 0
+    with pytest.raises(BadInput, match=r"follows the tokenizer, and .*t\.model is missing"):
+        settle.resolve(whole)
+    tokenizer.train(["some words, and some more of them " * 20], path, 300, 10**6)
+    for stage, pieces in ((whole, 300), (tuned, 312)):  # 306, padded to a multiple of 8
+        resolved = settle.resolve(stage)
+        assert resolved.model.vocab_size == resolved.tokenizer.vocab_size == pieces
+    (tmp_path / "chat.model").write_bytes(tokenizer.Tokenizer(path).extended())
+    assert settle.resolve(tuned).model.vocab_size == 312
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_recipe_for_any_text(scale):
+    whole = recipe("own", scale)
+    assert "text=''" in refusal(check, whole)
+    whole.text = "a.txt"
+    check(whole)
+    names = {declared_name(path) for path, _ in config.leaves(whole.to_dict())}
+    assert names >= OWN_FIELDS.keys()
+    other = recipe("phase1")
+    set_leaf(other, ("epochs",), 1.0)
+    assert refusal(check, other) == "epochs is for configs/own.py"
+    assert "end_step is missing" in refusal(settle.resolve, recipe_without(phase1, "end_step"))
+
+
+def recipe_without(module, name):
+    whole = module.get_config("nano")
+    with whole.unlocked():
+        del whole[name]
+    return whole
+
+
+def test_what_is_printed_is_a_command_line():
+    """Every line sets what it shows, so that the printed values resolve to the same config."""
+    whole = curriculum.get_config("nano")
+    whole.optimizer.peak_lr = 1e-3
+    stages = {name: settle.resolve(stage) for name, stage in stages_of(whole).items()}
+    lines = list(show.lines(whole, stages))
+    assert "optimizer.peak_lr=0.001" in lines and "model.attention=xla  # derived" in lines
+    assert "stages.phase1.tokens_per_step=2048  # derived" in lines
+    assert "tokenizer.sources=\"('docs', 'code', 'reasoning', 'transcripts')\"" in lines
+    names = [line.partition("=")[0] for line in lines]
+    assert len(names) == len(set(names))
+    assert names == sorted(names, key=lambda n: (n.startswith("stages."), "." in n, n))
+
+    again = curriculum.get_config("nano")
+    for line in lines:
+        (word,) = shlex.split(line, comments=True)
+        name, _, value = word.partition("=")
+        *sections, key = name.split(".")
+        at = again
+        for section in sections:
+            at = at[section]
+        kind = type(at[key])
+        at[key] = ast.literal_eval(value) if kind in (tuple, bool) else kind(value)
+    resolved_again = {name: settle.resolve(stage) for name, stage in stages_of(again).items()}
+    assert resolved_again == stages
+
+    lines = list(show.lines(recipe("own"), {}))
+    assert "text=''" in lines and any("end_step" in line for line in lines)
+
+
 def test_seeds_do_not_alias():
     top = FIELDS["seed"].lt - 1
     keys = {
@@ -403,7 +517,7 @@ def test_names_that_are_nearly_right():
         ),
         (["--config=configs/sft.py:"], "unknown scale ''"),
         (["--config=README.md"], "README.md:4 is not Python, so not a recipe"),
-        (["--config=configs/common.py"], "the recipe does not load: "),
+        (["--config=nanollama_jax/recipes/sizes.py"], "the recipe does not load: "),
         (["--config=configs"], "Is a directory"),
         (
             ["--config=configs/phase1.py:nano", "--config.batch_size=0", "--config.accumulation=0"],

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import pytest
 from ml_collections import ConfigDict
 
-from configs.common import phase, recipe
 from nanollama_jax import checkpoint
 from nanollama_jax.corpus.prepare import prepare_source, train_tokenizer_for
+from nanollama_jax.recipes import phase, recipe
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.loop import train
 
@@ -91,18 +91,10 @@ def config_of(folder: pathlib.Path) -> ConfigDict:
     """What it is trained with."""
     config = recipe(
         "nano",
-        [
-            phase(
-                "nano",
-                0,
-                name="phase1",
-                seq_len=256,
-                theta=(10_000.0, 10_000.0),
-                shares={"code": 1.0},
-            )
-        ],
+        [phase("nano", "phase1", seq_len=256, theta=(10_000.0, 10_000.0), shares={})],
     )
     with config.unlocked():
+        config.data.sources = ConfigDict({"code": 1.0})
         config.corpora = {"code": {"url": f"file://{folder}/code.jsonl", "licence": "PSF-2.0"}}
     config.update(
         dict(seq_len=128, batch_size=8, tokens_per_step=1024, end_step=STEPS, log_every=20)

@@ -28,10 +28,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import breakdown, data, decode, kernels, torch_peer, train
 from benchmarks.cases import run_cases
 from benchmarks.report import collect, has_gpu
-from configs.common import MODELS
-from configs.corpora import BENCHMARKS
 from nanollama_jax import settings
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
+from nanollama_jax.recipes import BENCHMARKS, MODELS
 
 ON_GPU = ("train", "torch", "breakdown", "kernels", "decode")
 ONLY_ON_GPU = ("torch", "breakdown", "kernels")

@@ -1,6 +1,6 @@
 """Searches text, or a corpus that is already prepared, for the items of benchmarks. Preparation does so itself (config.data.benchmarks).
 
-    python tools/decontaminate.py 'file://texts/*.jsonl.zst'                               all benchmarks of configs/corpora.py, from the hub
+    python tools/decontaminate.py 'file://texts/*.jsonl.zst'                               all benchmarks of nanollama_jax/recipes/corpora.py
     python tools/decontaminate.py data/fineweb_edu --tokenizer data/tokenizer.model        what is left in a prepared corpus
     python tools/decontaminate.py file://page.txt --benchmark gsm8k=file://gsm8k/test.jsonl    is an item in this text?
 
@@ -14,12 +14,12 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from configs.corpora import BENCHMARKS
 from nanollama_jax.console import Table, console
 from nanollama_jax.corpus import decontaminate, sources
 from nanollama_jax.data import shards
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.files import output_file, write_json
+from nanollama_jax.recipes import BENCHMARKS
 from nanollama_jax.tokenizer import Tokenizer
 
 

@@ -16,6 +16,7 @@ from nanollama_jax.train.settle import (
     MARGIN,
     check_size,
     check_stage,
+    derive,
     fastest_attention,
     step_shape,
 )
@@ -43,6 +44,7 @@ def usable_bytes(gpu: Gpu) -> float:
 def settle_for(config: ConfigDict, gpu: Gpu, devices: int) -> tuple[ModelConfig, dict[str, int]]:
     """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput."""
     check(config)
+    config = derive(config)
     _, fsdp = check_stage(config, devices)
     model = dict(config.model) | {"remat": "full"}
     if model["dtype"] == "auto":

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from configs import common, phase1, phase2_16k, phase3
-from configs.corpora import CORPORA
+from configs import phase1, phase2_16k, phase3
 from nanollama_jax import tokenizer
 from nanollama_jax.corpus import decontaminate, estimate, filters, near_duplicates, prepare, sources
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
+from nanollama_jax.recipes import CORPORA, MODELS
 from nanollama_jax.tokenizer import Tokenizer
 
 QUESTION = "Which of the two ships that left the harbour in the morning arrived first at the island, and by how many hours?"
@@ -325,7 +325,7 @@ def test_an_estimate_names_a_bad_line_past_its_sample(tmp_path, monkeypatch, lin
 
 
 def test_every_recipe_names_corpora_with_a_licence_and_benchmarks_that_can_be_read():
-    for scale in common.MODELS:
+    for scale in MODELS:
         config = phase3.get_config(scale)
         assert all(
             sources.licence_of(corpus.url) != sources.NOT_STATED

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import jsonschema
 import pytest
 
-from configs.common import MODELS
 from nanollama_jax.errors import BadInput
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import json_schema, regex, tool_call
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.model import Llama, ModelConfig
+from nanollama_jax.recipes import MODELS
 from nanollama_jax.tokenizer import Tokenizer
 
 TYPES = {

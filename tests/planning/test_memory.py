@@ -16,13 +16,14 @@ import sys
 import jax
 import pytest
 
-from configs import common, phase1
+from configs import phase1
 from nanollama_jax import sharding
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.config import REMAT_POLICIES
 from nanollama_jax.planning import memory, plan
 from nanollama_jax.planning.compile_for import compile_for
+from nanollama_jax.recipes import MODELS
 from nanollama_jax.train import settle, step
 from tests.conftest import ROOT
 
@@ -50,7 +51,7 @@ COMPILED = [  # scale, devices, rows, tokens, remat, accumulation, attention, GB
 
 def model_of(scale, remat="full", attention="cudnn_packed"):
     return ModelConfig(
-        **common.MODELS[scale],
+        **MODELS[scale],
         dtype="bfloat16",
         attention=attention,
         document_mask=attention != "cudnn",

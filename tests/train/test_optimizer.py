@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
 from configs.curriculum import get_config
 from nanollama_jax import sharding
 from nanollama_jax.curriculum import stage_config, stage_names
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.recipes import MODELS
 from nanollama_jax.train import optimizer, step
 from nanollama_jax.train.settle import settle
 
@@ -53,7 +53,7 @@ def test_rope_theta_ramps_over_phase_2_8k_and_jumps_if_asked():
 
 
 def test_weight_decay_is_on_matrices_only():
-    model = ModelConfig(**common.MODELS["nano"])
+    model = ModelConfig(**MODELS["nano"])
     mesh = sharding.make_mesh(1, 2)
     _, shapes, _ = step.init_state(
         model, optimizer.make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0), mesh, 0
@@ -86,7 +86,7 @@ def test_clip_norm_scales_gradients_down_and_0_leaves_them(clip_norm, factor):
     assert jax.tree.structure(state) == jax.tree.structure(clipped)  # a run may turn it on or off
 
 
-@pytest.mark.parametrize("scale", common.MODELS)
+@pytest.mark.parametrize("scale", MODELS)
 def test_every_scale_has_the_recipe_proportions(scale):
     config = get_config(scale)
     stages = pretraining(config)
@@ -105,7 +105,7 @@ def test_every_scale_has_the_recipe_proportions(scale):
     assert model.d_model % 256 == model.ffn_dim % 256 == 0
 
 
-@pytest.mark.parametrize("scale", common.MODELS)
+@pytest.mark.parametrize("scale", MODELS)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_stage_of_every_scale_is_accepted_on_one_device_and_two(scale, devices, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
 from nanollama_jax import sharding
 from nanollama_jax.model import ModelConfig
+from nanollama_jax.recipes import MODELS
 from nanollama_jax.train import objectives, optimizer, step
 
 TINY = ModelConfig(
@@ -87,7 +87,7 @@ def test_devices_and_microbatches_change_nothing(alone, data, fsdp, accumulation
 
 
 def test_1b_has_1100048384_parameters_and_shards_them_in_half():
-    model = ModelConfig(**common.MODELS["1b"], remat="full")
+    model = ModelConfig(**MODELS["1b"], remat="full")
     mesh = sharding.make_mesh(1, 2)
     with sharding.use_mesh(mesh):
         _, shapes, shardings = step.init_state(model, ADAMW, mesh, seed=0)
