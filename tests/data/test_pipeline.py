@@ -249,7 +249,7 @@ def test_a_position_of_another_corpus_is_refused(corpus):
     batches = iter(batches_of(corpus, {"short": 1.0}))
     state = batches.get_state()
     state["parents"]["short"]["parent_window_start_state"]["used"] = 10**6
-    with pytest.raises(BadInput, match="prepared anew"):
+    with pytest.raises(BadInput, match="which was prepared again"):
         batches.set_state(state)
     batches.close()
 

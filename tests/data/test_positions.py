@@ -60,7 +60,7 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
                 sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0
             )
         )
-        state, anew = pipeline.begin_at(
+        state, anew = pipeline.resume_at(
             batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0
         )  # as a checkpoint keeps it
         assert not anew
@@ -105,7 +105,7 @@ def test_a_stage_of_few_rows_still_moves_on(corpora):
                 windows=pipeline.shuffle_windows(weights, seq_len, rows),
             )
         )
-        batches.set_state(pipeline.begin_at(batches.get_state(), read_before, sources, seed=0)[0])
+        batches.set_state(pipeline.resume_at(batches.get_state(), read_before, sources, seed=0)[0])
         tokens += [next(batches)["tokens"][0] for _ in range(rows)]
         read_before |= pipeline.positions(batches.get_state(), sources, seed=0)
         batches.close()
@@ -141,10 +141,10 @@ def test_positions_in_another_order_are_not_used(corpora):
         next(batches)
     state, fresh = batches.get_state(), pipeline.positions(batches.get_state(), sources, seed=0)
     batches.close()
-    assert pipeline.begin_at(state, fresh, sources, seed=1)[1] == ["a", "b"]
+    assert pipeline.resume_at(state, fresh, sources, seed=1)[1] == ["a", "b"]
     other = fresh | {"b": fresh["b"] | {"corpus": "another"}}
-    assert pipeline.begin_at(state, other, sources, seed=0)[1] == ["b"]
-    assert pipeline.begin_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
+    assert pipeline.resume_at(state, other, sources, seed=0)[1] == ["b"]
+    assert pipeline.resume_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def stream_of(source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The first epoch's documents end to end, and where each starts."""
     documents = (
         pipeline._documents(source, "train", tokenizer)
-        .seed(pipeline.own_seed(0, source.name))
+        .seed(pipeline.source_seed(0, source.name))
         .shuffle()
     )
     arrays = [documents[i] for i in range(len(documents))]
