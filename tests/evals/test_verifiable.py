@@ -7,7 +7,7 @@ import pytest
 
 from nanollama_jax.chat.conversations import Message, ToolCall
 from nanollama_jax.evals import verifiable
-from nanollama_jax.infer.engine import Completion
+from nanollama_jax.infer.batch import Completion
 from nanollama_jax.synthetic import reasoning, tool_conversations
 from nanollama_jax.tokenizer import TOOL_CALL, TURN_END
 from tests.infer.scripted import CUT, Scripted

@@ -15,7 +15,8 @@ from nanollama_jax import checkpoint, sharding
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import llama2c
 from nanollama_jax.infer import decode
-from nanollama_jax.infer.engine import Engine, bucket
+from nanollama_jax.infer.batch import bucket
+from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.grammar import regex
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.model import ModelConfig, llama
