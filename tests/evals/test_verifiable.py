@@ -1,4 +1,4 @@
-"""Scripted replies are judged as they should be: the right ones right, and every way of being wrong wrong."""
+"""Scripted replies are judged correctly: the right ones, and every way of being wrong."""
 
 import dataclasses
 import json
