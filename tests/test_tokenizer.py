@@ -14,7 +14,7 @@ from nanollama_jax.tokenizer import TURN_END, TURN_START, Tokenizer
 PYTHON = "".join(
     path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py"))
 )
-# SentencePiece writes a space as U+2581 and so decodes both to a space: the one exception to the round trip.
+# SentencePiece writes a space as U+2581 and decodes both to a space: the round trip's exception
 TEXT = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
     | st.sampled_from(" \n\t\r\0\u0301<s>/|"),

@@ -111,6 +111,7 @@ class Rows:
     merged: int  # documents that share a segment with their predecessor: max_segments is too small
     started: int  # documents that start in these rows, by their BOS
     cut: int  # of these, documents cut by the end of their first row
+    samples: dict[int, pipeline.Batch]  # some of the rows, by number
 
     @property
     def documents_N(self) -> np.ndarray:

@@ -32,7 +32,7 @@ from nanollama_jax.export.tokenizer_json import (
 from nanollama_jax.files import output_path
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import param_shapes
-from nanollama_jax.tokenizer import MOST_PIECES, Tokenizer
+from nanollama_jax.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 SHARD_BYTES = 5_000_000_000
@@ -382,7 +382,7 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
         _number(config, "num_attention_heads", folder, 1, 2**12),
     )
     return ModelConfig(
-        vocab_size=_number(config, "vocab_size", folder, 1, MOST_PIECES),
+        vocab_size=_number(config, "vocab_size", folder, 1, MAX_VOCAB_SIZE),
         num_layers=_number(config, "num_hidden_layers", folder, 1, 1000),
         d_model=d_model,
         num_heads=heads,

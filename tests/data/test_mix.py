@@ -1,4 +1,7 @@
-"""Epochs and row statistics agree with figures worked out by hand, the mix is the one asked for, and long documents stay whole."""
+"""Epochs and row statistics agree with figures computed by hand, and the mix is as asked for.
+
+Long documents stay whole.
+"""
 
 import io
 import json
@@ -38,7 +41,10 @@ DECONTAMINATION = {
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Prepared sources in alphabets of their own, without a validation split; their tokenizer; the ids of each of their texts."""
+    """Prepared sources in separate alphabets, without a validation split.
+
+    Their tokenizer, and the ids of each of their texts.
+    """
     root, rng = tmp_path_factory.mktemp("mix"), np.random.default_rng(0)
     lengths = {
         "docs": [150] * 60,
@@ -282,7 +288,10 @@ def test_sample_rows_show_boundaries_without_colour_and_no_control_characters(co
 
 @pytest.fixture(scope="module")
 def runs(corpora, tmp_path_factory):
-    """The tool's runs, side by side: most of their time is imports. Name -> finished process, and the folder of pictures."""
+    """The tool's runs, side by side, since most of their time is imports.
+
+    Name -> finished process, and the folder of pictures.
+    """
     out = tmp_path_factory.mktemp("pictures")
     where = [
         f"--config.data.dir={corpora[0]}",

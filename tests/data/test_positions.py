@@ -1,4 +1,7 @@
-"""Stages of a curriculum go on in each source where the last one stopped, whatever their weights, row lengths and other sources."""
+"""Stages of a curriculum resume each source where the previous stage stopped.
+
+Whatever their weights, row lengths and other sources.
+"""
 
 import json
 
@@ -118,7 +121,8 @@ def test_a_stage_of_few_rows_still_moves_on(corpora):
                 covered[at : at + len(row)] += 1
         stands_at = starts[read_before[name]["at"]["parent"]["next_index"]]
         assert covered[:stands_at].min() >= 1
-        # At a stage's end a row or two are of the window that is begun again, and so is the document that it begins in.
+        # At a stage's end, a row or two are of the window that restarts, and so is the document
+        # that it starts in.
         assert np.sum(covered > 1) < 3 * (3 * 128 + max(np.diff(starts))) < 0.3 * covered.sum()
 
 

@@ -1,4 +1,7 @@
-"""Packing whole conversations and pairs: nothing is lost, doubled or split, rows follow their contract, and the stream goes on where it was."""
+"""Packing whole conversations and pairs.
+
+Nothing is lost, doubled or split, rows follow their contract, and the stream resumes exactly.
+"""
 
 import json
 import math
@@ -39,7 +42,7 @@ def rows_of(
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_best_fit_is_best_fit(data):
-    """By a replay: each is where the least room was left that had room for it, and in a new bin only if there was none."""
+    """By a replay: each unit is in the fullest bin that had room, a new one only if none had."""
     capacity, max_units = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 5))
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
     bins = best_fit(lengths, capacity, max_units)

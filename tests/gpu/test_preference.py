@@ -1,4 +1,4 @@
-"""DPO with cuDNN's attention, 60m shape: the reference is that of float32, and the first step is at it."""
+"""DPO with cuDNN's attention, 60m shape: the reference is float32's, and step 1 is at it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The engine against transformers: greedy tokens, cached logits at every position, log-probabilities."""
+"""The engine against transformers: greedy tokens, cached logits, log-probabilities."""
 
 import dataclasses
 import functools
@@ -115,7 +115,7 @@ def test_the_second_batch_and_the_order_of_prompts(engine, hf):
 
 @pytest.mark.parametrize("total", [40, 2048])
 def test_cached_logits_equal_full_logits_at_every_position(total):
-    """Documents packed in one row, masked, against each decoded alone: its first tokens prefilled, then token by token."""
+    """Documents packed in one row, masked, against each decoded alone with a cache."""
     model = ModelConfig(
         vocab_size=64,
         num_layers=2,
@@ -247,7 +247,7 @@ def test_stops(engine):
 
 
 def test_rows_that_end_at_different_times(engine):
-    """By stop strings and tokens, at the context, at the budget: in a batch as alone, streamed or not."""
+    """By stop strings and tokens, at the context and the budget; batched, alone and streamed."""
     prompts = [*prompts_of(1024), [1] + [7] * 100]
     options = dict(stop=["self", "\n\n"], stop_ids=list(range(40, 80)), max_new_tokens=70)
     sampling = Sampling(temperature=1.0, seed=9)
@@ -413,6 +413,7 @@ def test_which_checkpoint_is_meant(trained, tmp_path, monkeypatch):
     (other / "metadata/metadata").write_text(json.dumps(metadata))
     with pytest.raises(
         BadInput,
-        match="is of an earlier version, which kept queries, keys and values apart: export it with that version",
+        match="is of an earlier version, which kept queries, keys and values apart: "
+        "export it with that version",
     ):
         checkpoint.load(other)

@@ -1,4 +1,7 @@
-"""An untrained model is a random generator over the allowed tokens; what it writes is judged by json, jsonschema, re and ast."""
+"""An untrained model is a random generator over the allowed tokens.
+
+Its output is judged by json, jsonschema, re and ast.
+"""
 
 import ast
 import json
@@ -215,7 +218,8 @@ def test_regex(case, rng, pattern):
 
 def test_lark(case, rng):
     grammar = lark(
-        'start: term (OP term)*\nterm: NUMBER | "(" start ")"\nOP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/'
+        'start: term (OP term)*\nterm: NUMBER | "(" start ")"\n'
+        'OP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/'
     )
     lengths = {
         len(ast.dump(ast.parse(case.text(grammar, budget, rng), mode="eval")))
