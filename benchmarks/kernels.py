@@ -16,7 +16,6 @@ from benchmarks.train import TOKENS
 from configs import common
 
 LOSS_CHUNK = 8192  # tokens, as in configs/common.py
-ROOM = (4, 8, 16, 32)  # documents a row: model.packed_documents
 PRODUCT_COLUMNS = {
     f"{name}_tflops": (f"{heading} TFLOP/s", ".0f")
     for name, heading in (("forward", "forward"), ("dx", "d input"), ("dw", "d weight"))
@@ -65,7 +64,7 @@ def gpu_cases(scale: str, rounds: int) -> list[Case]:
 
     packed = [
         (seq_len, "cudnn_packed", room, ragged)
-        for room in (8, 16, 4, 32)
+        for room in (8, 16, 4, 32)  # model.packed_documents
         for ragged in (True, False)
         for seq_len in (4096, 16_384)
     ]

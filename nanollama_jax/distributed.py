@@ -130,11 +130,12 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def leave(error: BaseException) -> None:
     """Ends this process, one of several, after an error: jax would wait for the others on exit."""
-    if _links is None or (isinstance(error, SystemExit) and not error.code):
+    status = error.code if isinstance(error, SystemExit) else 1
+    if _links is None or not status:
         return
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
-    _exit(error.code if isinstance(error, SystemExit) else 1)
+    _exit(status)
 
 
 class Links:
@@ -204,7 +205,7 @@ class Links:
                     raise BadInput(message["refused"])
                 if "finished" in message:
                     idle = f"process {process} has nothing left to do, unlike this one"
-                    raise BadInput(f"{idle}: give all one --workdir, on a shared file system")
+                    raise BadInput(f"{idle}: use one --workdir for all, on a shared file system")
                 return process, message
             waiting.check(f"{awaited} at {self.host}:{self.port}")
 
@@ -255,7 +256,6 @@ class Links:
     def _welcome(self, connection: socket.socket, process: int, count: int) -> None:
         with self._sending:
             complete = len(self._sockets) == self.count - 1
-            refused = ""
             if count != self.count:
                 refused = f"--num_processes={count} on process {process}, {self.count} on process 0"
             elif process in self._sockets:
@@ -264,7 +264,7 @@ class Links:
                 connection.sendall(_line(WELCOME))
                 self._add(process, connection)
                 return
-        refused += ": give all the same number, and each its own id"
+        refused += ": use the same number for all, and a different id for each"
         connection.sendall(_line({"refused": refused}))
         if not complete:
             self._inbox.put((process, {"refused": refused}))

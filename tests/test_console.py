@@ -1,4 +1,4 @@
-"""What is said is shown as it is, on every terminal, and nothing is cut."""
+"""Output is shown verbatim on every terminal, and nothing is cut."""
 
 import ast
 import io

@@ -33,16 +33,16 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     path, host = tmp_path / "curves[1].png", socket.gethostname()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    begun = [
+    leftovers = [
         tmp_path / f".curves[1].png.{at}.tmp"
         for at in (f"{host}.{gone.pid}", f"{host}.1", f"elsewhere.{gone.pid}", f"{host}.x")
     ]
-    begun.append(tmp_path / f".other.png.{host}.{gone.pid}.tmp")
-    for file in begun:
+    leftovers.append(tmp_path / f".other.png.{host}.{gone.pid}.tmp")
+    for file in leftovers:
         file.touch()
     with whole_file(path) as file:
         file.write(b"new")
-    assert set(tmp_path.iterdir()) == {path, *begun[1:]}
+    assert set(tmp_path.iterdir()) == {path, *leftovers[1:]}
 
 
 def test_one_process_at_a_time(tmp_path):

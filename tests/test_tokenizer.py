@@ -112,7 +112,7 @@ def test_the_same_text_gives_the_same_file(ours, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "again.model"], "a temporary file was left"
 
 
-def test_a_document_longer_than_the_trainer_takes_is_learnt_whole(tmp_path):
+def test_a_document_longer_than_the_trainer_takes_is_learned_whole(tmp_path):
     text = "x" * 50_000 + " " + "quixotic zephyr " * 50_000
     tokenizer.train([text], tmp_path / "long.model", vocab_size=305, max_bytes=10**9)
     assert len(Tokenizer(tmp_path / "long.model").encode(" zephyr")) == 1

@@ -28,7 +28,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -85,7 +85,7 @@ def open_source(
         )
     if (sha256 := manifest["tokenizer_sha256"]) != tokenizer.sha256:
         raise BadInput(
-            f"{directory} was tokenised with another tokenizer (sha256 {sha256[:12]}, this one is "
+            f"{directory} was tokenized with another tokenizer (sha256 {sha256[:12]}, this one is "
             f"{tokenizer.sha256[:12]}): set tokenizer.path to that one, or prepare into another "
             "data.dir"
         )
@@ -216,10 +216,6 @@ def source_seed(seed: int, name: str) -> int:
     return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
 
 
-def own_seed(seed: int, name: str) -> int:
-    return (seed + zlib.crc32(name.encode())) % 2**31  # Grain's shuffles take 32 bits
-
-
 def packed_rows(
     source: Source, tokenizer: Tokenizer, *, seq_len: int, max_segments: int, seed: int
 ) -> grain.IterDataset:
@@ -241,9 +237,9 @@ def validation_batches(
     max_segments: int,
     max_rows: int,
 ) -> list[Batch]:
-    """The same `max_rows` rows of the validation split every time, as whole batches.
+    """The same `max_rows` rows of the validation split every time, as `whole_batches`.
 
-    The last batch is filled up with rows of weight 0. Raises BadInput for an empty split.
+    Raises BadInput for an empty split.
     """
     if not source.tokens("validation"):
         raise BadInput(
@@ -257,14 +253,15 @@ def validation_batches(
     shuffled = grain.experimental.WindowShuffleIterDataset(
         packed, window_size=shuffle_window(seq_len), seed=0
     )
-    rows = list(itertools.islice(shuffled, max_rows))
-    empty = {name: np.zeros_like(array) for name, array in rows[0].items()}
-    rows += [empty] * (-len(rows) % batch_size)
-    return [stack_rows(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return list(whole_batches(itertools.islice(shuffled, max_rows), batch_size))
 
 
-def stack_rows(rows: list[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def whole_batches(rows: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """Rows stacked into batches; the last batch is filled up with rows of weight 0."""
+    while some := list(itertools.islice(rows, batch_size)):
+        empty = {k: np.full_like(array, -1 if k == "pairs" else 0) for k, array in some[0].items()}
+        some += [empty] * (batch_size - len(some))
+        yield {name: np.stack([row[name] for row in some]) for name in empty}
 
 
 def merged_documents(batch: Batch, bos_id: int) -> int:

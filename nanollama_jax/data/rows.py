@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from nanollama_jax.corpus.finetuning import SAID
-from nanollama_jax.data.pipeline import Batch, Source, source_seed, stack_rows
+from nanollama_jax.data.pipeline import Batch, Source, source_seed, whole_batches
 from nanollama_jax.data.shards import naming_shard, split_shards
 from nanollama_jax.errors import BadInput
 
@@ -117,14 +117,9 @@ class Rows:
         return tokens / max(1, len(self) * self.seq_len)
 
     def batches(self, batch_size: int, max_rows: float = math.inf) -> Iterator[Batch]:
-        """The first `max_rows` rows as whole batches; the last is filled with rows of weight 0."""
-        count = int(min(max_rows, len(self)))
-        for start in range(0, count, batch_size):
-            rows = [self[number] for number in range(start, min(start + batch_size, count))]
-            empty = {name: np.zeros_like(array) for name, array in rows[0].items()}
-            if self.pairs:
-                empty["pairs"] -= 1
-            yield stack_rows(rows + [empty] * (batch_size - len(rows)))
+        """The first `max_rows` rows as `whole_batches`."""
+        numbers = range(int(min(max_rows, len(self))))
+        return whole_batches(map(self.__getitem__, numbers), batch_size)
 
 
 def train_batches(

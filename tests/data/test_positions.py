@@ -63,10 +63,10 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
                 sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0
             )
         )
-        state, anew = pipeline.resume_at(
+        state, restarted = pipeline.resume_at(
             batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0
         )  # as a checkpoint keeps it
-        assert not anew
+        assert not restarted
         batches.set_state(state)
         for _ in range(rows):
             tokens = next(batches)["tokens"][0]
@@ -83,7 +83,7 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
         assert covered[name][:stands_at].min() >= 1  # nothing was skipped
         longest_window = 8 * 128 + max(np.diff(starts))
         assert not covered[name][stands_at + longest_window :].any()
-        # And little is read again: what a stage had begun of a window when it ended.
+        # And little is read again: the part of its last window that a stage had read.
         assert np.sum(covered[name] > 1) < (len(STAGES) - 1) * longest_window
 
 

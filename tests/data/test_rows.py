@@ -20,7 +20,7 @@ SIDE = st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=2, max_si
 
 
 def as_side(tokens: list[tuple[int, bool]]) -> np.ndarray:
-    return np.array([token | (int(SAID) if learnt else 0) for token, learnt in tokens], np.uint32)
+    return np.array([token | (int(SAID) if learned else 0) for token, learned in tokens], np.uint32)
 
 
 def rows_of(
@@ -106,7 +106,7 @@ def check_rows(rows: Rows, units) -> None:
                     )
                     following = side[i + 1] if i + 1 < len(side) else (None, False)
                     assert row["loss_weights"][at] == following[1], (
-                        "learnt is to predict what is said, the end's next token is another's"
+                        "the loss is on SAID tokens, never on the first of another document"
                     )
                     assert not following[1] or row["targets"][at] == following[0]
                     at += 1

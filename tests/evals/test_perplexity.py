@@ -93,7 +93,7 @@ def test_sliding_is_the_loop_of_transformers_documentation(oracle, context, stri
 
 
 @pytest.mark.parametrize("context", [16, 17])
-def test_llama_cpp_spelt_out_with_torch(oracle, context):
+def test_llama_cpp_written_out_with_torch(oracle, context):
     score, hf = oracle
     texts = [*random_texts(30, 9, 40), "ends with a newline\n"]
     ids = ByteTokenizer().encode("\n\n".join(texts)[:-1], bos=True)
