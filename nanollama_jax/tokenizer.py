@@ -321,7 +321,7 @@ class Tokenizer:
             if cut is None:
                 break
             parts.append(text[start : cut.start()])
-            # The space, unless the next part gets it back as its dummy prefix
+            # Skips the space if the next part gets one as its dummy prefix
             start = cut.start() + self._proto.normalizer_spec.add_dummy_prefix
         return [*parts, text[start:]]
 

@@ -69,7 +69,10 @@ def report(mix: Mix, rows: Mapping[str, Rows], tokenizer: Tokenizer, console: Co
         )
     title = f"Packed rows: documents merged beyond max_segments={mix.max_segments}, and cut by a row's end"
     _print_table(
-        console, title, ("rows", "learned", "documents", "a row", "at\nmost", "merged", "cut"), cells
+        console,
+        title,
+        ("rows", "learned", "documents", "a row", "at\nmost", "merged", "cut"),
+        cells,
     )
     console.print(
         "fill: 100% of every row (a training stream has no padding); learned: all but EOS, whose next token is another document's"
