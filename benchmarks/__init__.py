@@ -1,1 +1,1 @@
-"""What `tools/benchmark.py` measures: speed, beside what one would use instead, in the same run."""
+"""What `tools/benchmark.py` measures: speed, next to the alternatives, in the same run."""

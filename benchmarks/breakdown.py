@@ -1,33 +1,33 @@
-"""Where a training step's time goes on a GPU: its parts measured apart at the step's own shapes, beside the whole step, and the rest."""
+"""Where a training step's time goes on a GPU.
+
+Its parts are measured separately, at the step's own shapes, next to the whole step; the difference
+is the rest.
+"""
 
 import numpy as np
 
 from benchmarks.cases import Case, Row
 from benchmarks.documents import draw_batches
 from benchmarks.kernels import Attention, product_shapes, time_products
-from benchmarks.timing import seconds_a_call
+from benchmarks.timing import seconds_per_call
 from benchmarks.train import TOKENS, case_of_ours, our_config, packed_documents
 from nanollama_jax.recipes import MODELS
 
-ATTENTION, REMAT, ACCUMULATION = (
-    "cudnn_packed",
-    "products",
-    2,
-)  # with this remat no product runs again in the backward pass
-PRODUCTS = ("gate_up", "down", "qkv", "o")  # the head's are in the loss
+# With this remat policy no product is recomputed in the backward pass
+ATTENTION, REMAT, ACCUMULATION = "cudnn_packed", "products", 2
+PRODUCTS = ("gate_up", "down", "qkv", "o")  # the loss includes the head's
 COLUMNS = {
-    "call_ms": ("ms a call", ".3f"),
+    "call_ms": ("ms/call", ".3f"),
     "calls": ("calls", ",.0f"),
-    "step_seconds": ("s a step", ".4f"),
+    "step_seconds": ("s/step", ".4f"),
     "spread": ("+-", ".1%"),
 }
 
 
 def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
-    """The whole step, and each part: a call's time times the calls in a step of 65,536 tokens."""
-    about = dict(
-        scale=scale, seq_len=seq_len, rows=max(1, TOKENS // ACCUMULATION // seq_len), rounds=rounds
-    )
+    """The whole step, and each part: time per call times calls in a step of 65,536 tokens."""
+    rows = max(1, TOKENS // ACCUMULATION // seq_len)
+    about = dict(scale=scale, seq_len=seq_len, rows=rows, rounds=rounds)
     products = [
         Case(f"products, {name}", measure_products, (about | dict(name=name),)) for name in PRODUCTS
     ]
@@ -35,36 +35,32 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
         "attention": measure_attention,
         "loss, with the head": measure_loss,
         "optimizer, with clipping": measure_optimizer,
+        "embedding": measure_embedding,
     }
-    parts["embedding"] = measure_embedding
     whole = case_of_ours(scale, seq_len, [(ATTENTION, REMAT, ACCUMULATION)], rounds, steps)
     return [whole, *products, *(Case(name, measure, (about,)) for name, measure in parts.items())]
 
 
 def rest(rows: list[Row]) -> list[str]:
-    """Each part's share of the step, and what none of them explains; no share where the step or a part was not measured."""
+    """Each part's share of the step, and the rest. Parts that were not measured are named."""
     step = rows[0].get("step_seconds") if rows else None
     if step is None:
         return ["no shares: the whole step was not measured"]
-    lines = [
-        f"{row['step_seconds'] / step:6.1%}  {row['case']}"
-        for row in rows[1:]
-        if "step_seconds" in row
-    ]
-    missing = [row["case"] for row in rows[1:] if "step_seconds" not in row]
-    explained = sum(row.get("step_seconds", 0.0) for row in rows[1:])
+    parts = rows[1:]
+    measured = [row for row in parts if "step_seconds" in row]
+    lines = [f"{row['step_seconds'] / step:6.1%}  {row['case']}" for row in measured]
+    explained = sum(row["step_seconds"] for row in measured)
     lines.append(
-        f"{1 - explained / step:6.1%}  the rest: norms, RoPE, SwiGLU, residual sums, casts, sums over micro-batches, gaps between kernels"
+        f"{1 - explained / step:6.1%}  the rest: norms, RoPE, SwiGLU, residual sums, casts, sums "
+        "over micro-batches, gaps between kernels"
     )
-    return [
-        "of the step:",
-        *lines,
-        *([f"the rest includes what was not measured: {', '.join(missing)}"] if missing else []),
-    ]
+    if missing := [row["case"] for row in parts if row not in measured]:
+        lines.append(f"the rest includes what was not measured: {', '.join(missing)}")
+    return ["of the step:", *lines]
 
 
 def measure_products(*, scale: str, seq_len: int, rows: int, rounds: int, name: str) -> Row:
-    """Of all layers' weights of this name: forward and both gradients."""
+    """All layers' weights of this name: forward and both gradients."""
     shape = MODELS[scale]
     seconds = time_products(*product_shapes(shape, rows * seq_len, chunk=1)[name], rounds=rounds)
     return part(sum(seconds.values()), None, shape["num_layers"] * ACCUMULATION)
@@ -79,8 +75,8 @@ def part(seconds: float, spread: float | None, calls: int) -> Row:
     }
 
 
-def settled(scale: str, seq_len: int, rows: int, **model):
-    """The config of a step of one micro-batch, its model, a mesh of one device, and a batch on it."""
+def resolved(scale: str, seq_len: int, rows: int, **model):
+    """The config of a step of one micro-batch, its model, a one-device mesh, and a batch on it."""
     import jax
 
     from nanollama_jax import sharding
@@ -99,7 +95,7 @@ def measure_attention(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
 
     from nanollama_jax import sharding
 
-    _, model, mesh, batch = settled(scale, seq_len, rows, **model)
+    _, model, mesh, batch = resolved(scale, seq_len, rows, **model)
     with sharding.use_mesh(mesh):
         attention = Attention(
             model.attention,
@@ -111,7 +107,7 @@ def measure_attention(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
             attention.draw(rows, seq_len),
             attention.documents(batch["segment_ids"]),
         )
-        timed = seconds_a_call(
+        timed = seconds_per_call(
             lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds
         )
     return part(*timed, ACCUMULATION * model.num_layers)
@@ -124,7 +120,7 @@ def measure_loss(*, scale: str, seq_len: int, rows: int, rounds: int, **model) -
     from nanollama_jax import sharding
     from nanollama_jax.train.losses import cross_entropy
 
-    config, model, mesh, batch = settled(scale, seq_len, rows, **model)
+    config, model, mesh, batch = resolved(scale, seq_len, rows, **model)
 
     def loss(hidden, head):
         return cross_entropy(
@@ -140,7 +136,7 @@ def measure_loss(*, scale: str, seq_len: int, rows: int, rounds: int, **model) -
         hidden = jax.random.normal(jax.random.key(0), (rows, seq_len, model.d_model), model.dtype)
         head = 0.02 * jax.random.normal(jax.random.key(1), (model.d_model, model.vocab_size))
         both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        timed = seconds_a_call(lambda: both(hidden, head), jax.block_until_ready, rounds)
+        timed = seconds_per_call(lambda: both(hidden, head), jax.block_until_ready, rounds)
     return part(*timed, ACCUMULATION)
 
 
@@ -151,7 +147,7 @@ def measure_embedding(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
     from nanollama_jax import sharding
     from nanollama_jax.model.llama import embed
 
-    _, model, mesh, batch = settled(scale, seq_len, rows, **model)
+    _, model, mesh, batch = resolved(scale, seq_len, rows, **model)
     with sharding.use_mesh(mesh):
         table = jax.random.normal(jax.random.key(0), (model.vocab_size, model.d_model))
         d_hidden = jax.random.normal(jax.random.key(1), (rows, seq_len, model.d_model), model.dtype)
@@ -163,19 +159,22 @@ def measure_embedding(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
             return hidden, gradient_of(d_hidden)
 
         both = jax.jit(look_up)
-        timed = seconds_a_call(lambda: both(table, d_hidden), jax.block_until_ready, rounds)
+        timed = seconds_per_call(lambda: both(table, d_hidden), jax.block_until_ready, rounds)
     return part(*timed, ACCUMULATION)
 
 
 def measure_optimizer(*, scale: str, seq_len: int, rows: int, rounds: int, **model) -> Row:
-    """The update of parameters and moments from gradients, and the matrices' cast; the state is donated, as in the step."""
+    """The update of parameters and moments, and the matrices' cast.
+
+    The state is donated, as in the step.
+    """
     import jax
     import jax.numpy as jnp
 
     from nanollama_jax import sharding
     from nanollama_jax.train import optimizer, step
 
-    config, model, mesh, _ = settled(scale, seq_len, rows, **model)
+    config, model, mesh, _ = resolved(scale, seq_len, rows, **model)
     adamw = optimizer.make_optimizer(
         **{
             name: config.optimizer[name]
@@ -201,5 +200,5 @@ def measure_optimizer(*, scale: str, seq_len: int, rows: int, rounds: int, **mod
             state, cast = update(state, grads)
             return state.step, cast
 
-        timed = seconds_a_call(call, jax.block_until_ready, rounds)
+        timed = seconds_per_call(call, jax.block_until_ready, rounds)
     return part(*timed, 1)

@@ -1,4 +1,7 @@
-"""Cases, each measured in a process of its own: neither what one leaves in a GPU's memory, nor its end, if it runs out, touches the next."""
+"""Cases, each measured in its own process.
+
+Neither what a case leaves in a GPU's memory nor its crash affects the next one.
+"""
 
 import dataclasses
 import multiprocessing
@@ -8,14 +11,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
-GRACE = 25.0  # seconds beyond the budget that a case which began within it may take
-LONGEST = 240.0  # seconds that any case may take: one that hangs leaves time for the others
+GRACE = 25.0  # seconds beyond the budget for a case that started within it
+LONGEST = 240.0  # seconds for any case: one that hangs leaves time for the others
 OUT_OF_MEMORY = "out of memory"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`measure(**arguments)` gives what to add to the row; `attempts` are tried in order until one does not run out of memory."""
+    """`measure(**arguments)` returns what to add to the row.
+
+    `attempts` are arguments, tried in order until one does not run out of memory.
+    """
 
     name: str
     measure: Callable[..., Row]
@@ -23,10 +29,13 @@ class Case:
 
 
 def run_cases(cases: list[Case], minutes: float) -> Iterator[Row]:
-    """A row a case, as it is measured: what `measure` gave (of a `table`, its rows), or `error`, one line. None is begun after `minutes`."""
+    """Yields a row per case once it is measured: what `measure` returned, or a one-line `error`.
+
+    A case that returns a `table` yields its rows. No case starts after `minutes`.
+    """
     ends = time.monotonic() + 60 * minutes
     for case in cases:
-        row = {"error": "left out: --minutes was used up"}
+        row = {"error": "skipped: --minutes was used up"}
         for arguments in case.attempts:
             if (left := ends - time.monotonic()) <= 0:
                 break
@@ -37,7 +46,10 @@ def run_cases(cases: list[Case], minutes: float) -> Iterator[Row]:
 
 
 def in_process(measure: Callable[..., Row], limit: float, /, **arguments: Any) -> Row:
-    """What `measure(**arguments)` gives in a new process, or `error` and its traceback: raised, killed, or not there after `limit` seconds."""
+    """What `measure(**arguments)` returns in a new process, or `error` (and its traceback).
+
+    An error is an exception, a killed process, or no result after `limit` seconds.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, measure, arguments))
@@ -60,7 +72,7 @@ def in_process(measure: Callable[..., Row], limit: float, /, **arguments: Any) -
 def _send(sender, measure: Callable[..., Row], arguments: Row) -> None:
     try:
         result = measure(**arguments)
-    except Exception as error:  # a failed case is a row like any other, and the next goes on
+    except Exception as error:  # a failed case is a row like any other
         traceback.print_exc()
         result = {"error": one_line(error), "traceback": traceback.format_exc()[-4000:]}
     sender.send(result)

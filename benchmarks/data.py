@@ -1,4 +1,8 @@
-"""Data: preparation beside bare SentencePiece, the pipeline's rate, the search for benchmark items, and a large corpus opened and resumed."""
+"""Speed of data preparation and loading.
+
+Preparation against bare SentencePiece, the pipeline's rate, the search for benchmark items, and
+opening and resuming a large corpus.
+"""
 
 import json
 import os
@@ -59,7 +63,8 @@ def benchmark_data(
             "preparation and SentencePiece disagree on the number of tokens"
         )
         print(
-            f"\npreparation of {megabytes:.1f} MB on {cores} cores: {ours:.1f} MB/s, bare SentencePiece {bare:.1f} MB/s: {ours / bare:.0%}"
+            f"\npreparation of {megabytes:.1f} MB on {cores} cores: {ours:.1f} MB/s, bare "
+            f"SentencePiece {bare:.1f} MB/s: {ours / bare:.0%}"
         )
 
         sources = {"text": pipeline.open_source(root, "text", tokenizer)}
@@ -81,12 +86,16 @@ def benchmark_data(
             rate = count * batch_size * seq_len / (time.perf_counter() - started)
             batches.close()
             print(
-                f"packed batches of {batch_size} x {seq_len}: {rate / 1e6:.2f}M tokens/s ({tokens / len(texts):,.0f} tokens a document)"
+                f"packed batches of {batch_size} x {seq_len}: {rate / 1e6:.2f}M tokens/s "
+                f"({tokens / len(texts):,.0f} tokens/document)"
             )
 
 
 def benchmark_decontaminate(source: str, benchmarks: dict[str, str], documents: int = 4000) -> None:
-    """One core, from text: our search for benchmark items, then signatures alone of MinHash (rensa, as tools/near_duplicates.py makes them)."""
+    """One core, from text: our search for benchmark items, against MinHash signatures alone.
+
+    (rensa's, as tools/near_duplicates.py computes them.)
+    """
     import itertools
 
     from nanollama_jax.corpus.decontaminate import Index, read_benchmarks
@@ -95,12 +104,13 @@ def benchmark_decontaminate(source: str, benchmarks: dict[str, str], documents: 
 
     started = time.process_time()
     index = Index(read_benchmarks(benchmarks))
+    seconds = time.process_time() - started
     print(
-        f"\n{len(index.items):,} items of {len(benchmarks)} benchmarks, read and indexed in {time.process_time() - started:.1f} s"
+        f"\n{len(index.items):,} items of {len(benchmarks)} benchmarks, read and indexed in "
+        f"{seconds:.1f} s"
     )
-    texts = [
-        document.text for document in itertools.islice(read_documents(source, 0, 1), documents)
-    ]
+    documents = itertools.islice(read_documents(source, 0, 1), documents)
+    texts = [document.text for document in documents]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     for name, run in (
         ("13-grams", lambda: index.find(texts)),
@@ -110,14 +120,16 @@ def benchmark_decontaminate(source: str, benchmarks: dict[str, str], documents: 
         started = time.process_time()
         run()
         seconds = time.process_time() - started
-        print(
-            f"{name:9s} {len(texts) / seconds:8,.0f} documents/s  {megabytes / seconds:6.1f} MB/s a core"
-        )
+        rates = f"{len(texts) / seconds:8,.0f} documents/s  {megabytes / seconds:6.1f} MB/s"
+        print(f"{name:9s} {rates} per core")
     print(f"({len(texts):,} documents, {megabytes:.1f} MB)")
 
 
 def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 1000) -> None:
-    """One real shard under 1,000 names: 30 million documents. Opened and resumed as training does, each in a process of its own."""
+    """One real shard under 1,000 names: 30 million documents.
+
+    Opened and resumed as in training, each time in a new process.
+    """
     import multiprocessing
 
     import grain
@@ -161,22 +173,19 @@ def benchmark_corpus(shards: int = 1000, documents: int = 30_000, length: int = 
                 seconds, gigabytes, state = pool.apply(
                     open_corpus, (directory, tokenizer.model_bytes, state)
                 )
-            print(
-                f"{what}: first batch after {seconds:.1f} s, {gigabytes:.2f} GB of host memory in all"
-            )
+            print(f"{what}: first batch after {seconds:.1f} s, {gigabytes:.2f} GB of host memory")
             state["parents"]["corpus"]["parent_window_start_state"]["parent"]["next_index"] = int(
                 np.random.default_rng(0).integers(split["documents"])
             )
         order = grain.MapDataset.range(split["documents"]).seed(0).shuffle()
-        print(
-            f"of as many, Grain's shuffle takes the first 1,000 from {len({order[i] // documents for i in range(1000)})} shards"
-        )
+        touched = {order[i] // documents for i in range(1000)}
+        print(f"Grain's shuffle takes the first 1,000 documents from {len(touched)} shards")
 
 
 def open_corpus(
     directory: str, tokenizer_model: bytes, state: dict | None
 ) -> tuple[float, float, dict]:
-    """Seconds from nothing to the first batch, what the process took of memory (GB), and the position after some batches."""
+    """Seconds to the first batch, the process's peak memory (GB), and the state 5 batches later."""
     import resource
 
     from nanollama_jax.data import pipeline

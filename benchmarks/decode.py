@@ -1,4 +1,8 @@
-"""Generation: beside transformers and llama.cpp on a CPU, beside the memory's bandwidth on a GPU; and what a grammar costs for each token."""
+"""Speed of generation.
+
+Against transformers and llama.cpp on a CPU, against the memory bandwidth on a GPU; and the cost of
+a grammar per token.
+"""
 
 import functools
 import os
@@ -14,19 +18,17 @@ from benchmarks.timing import median_and_spread
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 128
 
-# Bytes a second that a device's memory gives (vendor's figures)
+# Bytes per second of a device's memory (vendor's figures)
 MEMORY_BANDWIDTH = {"NVIDIA A100": 2.0e12, "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12}
 
 COLUMNS = {
     "tokens_per_second": ("tokens/s", ",.0f"),
     "spread": ("+-", ".1%"),
-    "step_ms": ("ms a step", ".2f"),
+    "step_ms": ("ms/step", ".2f"),
     "bandwidth": ("bandwidth", ".0%"),
     "peak_gb": ("peak GB", ".1f"),
 }
-NOTES = [
-    "bandwidth: of the vendor's figure for the memory, counting each weight of a product once a step."
-]
+NOTES = ["bandwidth: share of the vendor's figure; each weight of a product counts once per step."]
 
 
 def gpu_cases(scale: str, rounds: int) -> list[Case]:
@@ -37,7 +39,7 @@ def gpu_cases(scale: str, rounds: int) -> list[Case]:
 
 
 def measure_decode(*, scale: str, batch: int, rounds: int) -> Row:
-    """Greedy, 128 new tokens after 16, the whole call, random weights."""
+    """Greedy, 128 new tokens after a prompt of 16, the whole call, random weights."""
     import jax
 
     from nanollama_jax.infer.engine import Engine
@@ -76,15 +78,13 @@ def measure_decode(*, scale: str, batch: int, rounds: int) -> Row:
     if bandwidth := next(
         (value for kind, value in MEMORY_BANDWIDTH.items() if kind in device.device_kind), None
     ):
-        bytes_a_step = (
-            loaded.model.matmul_params * 2
-        )  # each weight once a step; keys and values are 1 % of it here
-        row["bandwidth"] = bytes_a_step * rate / batch / bandwidth
+        bytes_per_step = 2 * loaded.model.matmul_params  # keys and values would add 1 % here
+        row["bandwidth"] = bytes_per_step * rate / batch / bandwidth
     return row
 
 
 def benchmark_on_cpu(scale: str, rounds: int) -> None:
-    """The same beside transformers and llama.cpp; rounds of each in turn, medians."""
+    """The same, against transformers and llama.cpp; medians over rounds of each in turn."""
     import jax
 
     from nanollama_jax.export import gguf, hf
@@ -106,20 +106,20 @@ def benchmark_on_cpu(scale: str, rounds: int) -> None:
         torch = Transformers(f"{folder}/hf")
         kind = jax.devices()[0].device_kind
         print(
-            f"\n{scale}: {loaded.model.num_params:,} parameters, {kind}; {PROMPT_TOKENS} tokens of prompt, {NEW_TOKENS} new ones"
+            f"\n{scale}: {loaded.model.num_params:,} parameters, {kind}; {PROMPT_TOKENS} prompt "
+            f"tokens, {NEW_TOKENS} new ones"
         )
         for batch in (1, 8):
             prompts = rng.integers(3, loaded.model.vocab_size, (batch, PROMPT_TOKENS)).tolist()
             engine.max_batch = batch
             ours = f"ours, {engine.model.dtype}"
+            generate = functools.partial(engine.generate, max_new_tokens=NEW_TOKENS, stop_ids=())
+            llama_cpp = LlamaCpp(f"{folder}/f16.gguf", 256, sequences=batch)
+            theirs = f"transformers + torch, float32, {os.cpu_count()} cores"
             runs = {
-                ours: lambda: engine.generate(prompts, max_new_tokens=NEW_TOKENS, stop_ids=()),  # noqa: B023  called before the next batch
-                f"transformers + torch, float32, {os.cpu_count()} cores": functools.partial(
-                    torch.greedy, prompts, NEW_TOKENS
-                ),
-                "llama.cpp, f16": functools.partial(
-                    LlamaCpp(f"{folder}/f16.gguf", 256, sequences=batch).greedy, prompts, NEW_TOKENS
-                ),
+                ours: functools.partial(generate, prompts),
+                theirs: functools.partial(torch.greedy, prompts, NEW_TOKENS),
+                "llama.cpp, f16": functools.partial(llama_cpp.greedy, prompts, NEW_TOKENS),
             }
             rates = {name: [] for name in runs}
             for timed in range(-1, rounds):
@@ -136,8 +136,10 @@ def benchmark_on_cpu(scale: str, rounds: int) -> None:
 
 
 def benchmark_grammar(tokenizer_path: str, generations: int = 100) -> None:
-    """The host's work for each token of a constrained generation: the mask, and taking what was drawn. Uniform draws, as of an untrained model."""
+    """The host's work per token of a constrained generation: the mask, and accepting a token.
 
+    Tokens are drawn uniformly, as from an untrained model.
+    """
     from nanollama_jax.infer.constraint import Grammars
     from nanollama_jax.infer.grammar import tool_call
     from nanollama_jax.tokenizer import Tokenizer
@@ -170,29 +172,26 @@ def benchmark_grammar(tokenizer_path: str, generations: int = 100) -> None:
     grammar = tool_call([{"name": name, "parameters": value} for name, value in parameters.items()])
     tokenizer = Tokenizer(tokenizer_path)
     vocab_size = -(-tokenizer.vocab_size // 8) * 8
-    grammars, mask_W, rng, spent = (
-        Grammars(tokenizer, vocab_size),
-        np.zeros(-(-vocab_size // 32), np.int32),
-        np.random.default_rng(0),
-        [],
-    )
+    grammars, rng = Grammars(tokenizer, vocab_size), np.random.default_rng(0)
+    mask_W, spent = np.zeros(-(-vocab_size // 32), np.int32), []
     for _ in range(generations):
         constraint = grammars.start(grammar, 200)
         while not constraint.finished:
             started = time.perf_counter()
             constraint.fill_mask(mask_W)
             masked = time.perf_counter() - started
-            token = int(
-                rng.choice(np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little")))
-            )
+            bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")
+            token = int(rng.choice(np.flatnonzero(bits)))
             started = time.perf_counter()
             constraint.accept(token)
             spent.append(1e6 * (masked + time.perf_counter() - started))
     print(
-        f"\n{len(spent):,} tokens of {generations} tool calls, vocabulary {vocab_size:,}: mask and accept take {np.mean(spent):.0f} us a token"
+        f"\n{len(spent):,} tokens of {generations} tool calls, vocabulary {vocab_size:,}: mask and "
+        f"accept take {np.mean(spent):.0f} us/token"
     )
     print(
-        f"median {np.median(spent):.0f} us, 99 of 100 below {np.percentile(spent, 99):.0f} us, longest {max(spent) / 1000:.1f} ms"
+        f"median {np.median(spent):.0f} us, 99th percentile {np.percentile(spent, 99):.0f} us, "
+        f"maximum {max(spent) / 1000:.1f} ms"
     )
 
 
@@ -219,21 +218,18 @@ def random_model(scale: str):
     for i in range(model.vocab_size):
         name, kind = special[i] if i < len(special) else (f"piece{i}", piece.NORMAL)
         proto.pieces.add(piece=name, type=kind, score=-i)
-    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback, proto.trainer_spec.pad_id = (
-        spm.TrainerSpec.BPE,
-        True,
-        -1,
-    )
-    proto.normalizer_spec.remove_extra_whitespaces, proto.normalizer_spec.add_dummy_prefix = (
-        False,
-        False,
-    )
+    proto.trainer_spec.model_type = spm.TrainerSpec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.pad_id = -1
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    proto.normalizer_spec.add_dummy_prefix = False
     dummy = jnp.zeros((1, 2), jnp.int32)
-    make = jax.jit(
-        lambda: nn.meta.unbox(
-            Llama(model).init(jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))["params"]
-        )
-    )
+
+    @jax.jit
+    def make():
+        key, theta = jax.random.key(0), jnp.float32(1e4)
+        return nn.meta.unbox(Llama(model).init(key, dummy, dummy, dummy, theta)["params"])
+
     about = {
         "corpora": {},
         "phase": "random",

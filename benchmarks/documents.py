@@ -1,4 +1,7 @@
-"""Batches of made-up documents, of lengths like those of real text, packed into rows as data/pipeline.py packs them: the same every time."""
+"""Batches of synthetic documents, with lengths like those of real text.
+
+Packed into rows like data/pipeline.py, and the same every time.
+"""
 
 from collections.abc import Iterable
 
@@ -12,10 +15,11 @@ MAX_SEGMENTS = 64
 def draw_batches(
     count: int, rows: int, seq_len: int, vocab_size: int, seed: int = 0
 ) -> list[dict[str, np.ndarray]]:
-    """`count` batches of `rows` rows of made-up documents, BOS and EOS included.
+    """`count` batches of `rows` rows of synthetic documents, BOS and EOS included.
 
-    Lengths are log-normal (sigma 1) about a mean of 1,000. In rows longer than 4,096 half of the tokens are of documents that fill the row, as in
-    phase 2. Ids are log-uniform: frequent ones are as frequent as in text, which the embedding's gradient feels.
+    Lengths are log-normal (sigma 1) with a mean of 1,000. In rows longer than 4,096, half of the
+    tokens belong to documents that fill the row, as in phase 2. Ids are log-uniform, so that
+    frequent ones are as frequent as in text, which affects the embedding's gradient.
     """
     rng = np.random.default_rng(seed)
     wanted, documents = count * rows * seq_len, []
@@ -34,34 +38,33 @@ def draw_batches(
 
 
 def pack(documents: Iterable[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
-    """All whole rows that the documents fill, laid end to end: the arrays of a batch, each (rows, seq_len)."""
+    """All full rows of the documents, laid end to end: a batch of (rows, seq_len) arrays."""
     documents = list(documents)
     rows = sum(map(len, documents)) // seq_len
     cut = slice(rows * seq_len)
     stream = np.concatenate(documents)
-    starts = np.concatenate([np.arange(len(document)) == 0 for document in documents])[cut].reshape(
-        rows, seq_len
-    )
-    ends = np.concatenate(
-        [np.arange(len(document)) == len(document) - 1 for document in documents]
-    )[cut].reshape(rows, seq_len)
+    starts = np.zeros(len(stream), bool)
+    ends = np.zeros(len(stream), bool)
+    end_of = np.cumsum([len(document) for document in documents])
+    ends[end_of - 1] = True
+    starts[0], starts[end_of[:-1]] = True, True
+    starts, ends = (marks[cut].reshape(rows, seq_len) for marks in (starts, ends))
     targets = np.append(stream[1:], 0)[cut].reshape(rows, seq_len)
     starts[:, 0] = True
     starts &= np.cumsum(starts, axis=1) <= MAX_SEGMENTS
     column = np.broadcast_to(np.arange(seq_len), starts.shape)
+    segment_start = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
     return {
         "tokens": stream[cut].reshape(rows, seq_len).astype(np.int32),
         "targets": np.where(ends, 0, targets).astype(np.int32),
         "loss_weights": (~ends).astype(np.float32),
         "segment_ids": np.cumsum(starts, axis=1).astype(np.int32),
-        "positions": (column - np.maximum.accumulate(np.where(starts, column, 0), axis=1)).astype(
-            np.int32
-        ),
+        "positions": (column - segment_start).astype(np.int32),
     }
 
 
 def squared_lengths(segment_ids_BT: np.ndarray) -> int:
-    """sum(len^2) over the documents in the rows: what attention within them costs."""
+    """sum(len^2) over the documents in the rows: the cost of attention within them."""
     return sum(
         int((np.unique(row, return_counts=True)[1].astype(np.int64) ** 2).sum())
         for row in segment_ids_BT
@@ -69,5 +72,8 @@ def squared_lengths(segment_ids_BT: np.ndarray) -> int:
 
 
 def mean_context(segment_ids_BT: np.ndarray) -> float:
-    """sum(len^2) / sum(len) over the documents in the rows: what a row's length becomes in the count of attention's FLOPs when they are masked."""
+    """sum(len^2) / sum(len) over the documents in the rows.
+
+    It takes the place of the row length in attention's FLOPs when documents are masked.
+    """
     return squared_lengths(segment_ids_BT) / segment_ids_BT.size

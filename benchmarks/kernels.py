@@ -1,4 +1,7 @@
-"""The ceilings of this GPU at the model's shapes: matrix products with each weight, forward and for both gradients, and attention by backend."""
+"""The ceilings of this GPU at the model's shapes.
+
+Matrix products with each weight, forward and for both gradients, and attention by backend.
+"""
 
 import functools
 import traceback
@@ -8,7 +11,7 @@ import numpy as np
 
 from benchmarks.cases import Case, Row, one_line
 from benchmarks.documents import draw_batches, squared_lengths
-from benchmarks.timing import seconds_a_call
+from benchmarks.timing import seconds_per_call
 from benchmarks.train import TOKENS
 from nanollama_jax.recipes import MODELS
 
@@ -33,8 +36,9 @@ ATTENTION_COLUMNS = {
 }
 COLUMNS = PRODUCT_COLUMNS | ATTENTION_COLUMNS
 NOTES = (
-    "Attention's TFLOP/s count causal attention within the documents there are: 4 H a pair forward, 10 H backward. extra GB: the peak of forward and",
-    "backward above inputs, outputs and gradients. err: norm of the difference over the norm, bfloat16 against float32 xla, two rows of 2,048.",
+    "Attention's TFLOP/s count causal attention within documents: 4 H per pair forward, 10 H",
+    "backward. extra GB: the peak of forward and backward above inputs, outputs and gradients.",
+    "err: norm of the difference / norm, bfloat16 against float32 xla, two rows of 2,048.",
 )
 
 
@@ -54,27 +58,26 @@ def gpu_cases(scale: str, rounds: int) -> list[Case]:
             ragged=ragged,
             rounds=rounds,
         )
-        name = (
-            f"{backend}, {rows} x {seq_len}"
-            + f", room {room}, {'documents' if ragged else 'whole rows'}"
-            * (backend == "cudnn_packed")
-        )
+        name = f"{backend}, {rows} x {seq_len}"
+        if backend == "cudnn_packed":
+            name += f", room {room}, {'documents' if ragged else 'whole rows'}"
         return Case(name, measure_attention, (about,))
 
     packed = [
         (seq_len, "cudnn_packed", room, ragged)
-        for room in (8, 16, 4, 32)
+        for room in (8, 16, 4, 32)  # model.packed_documents
         for ragged in (True, False)
         for seq_len in (4096, 16_384)
     ]
-    return [products] + [
-        attention(*about)
-        for about in [(4096, "cudnn", 8, False), (16_384, "cudnn", 8, False), *packed]
-    ]
+    plain = [(seq_len, "cudnn", 8, False) for seq_len in (4096, 16_384)]
+    return [products, *(attention(*about) for about in (*plain, *packed))]
 
 
 def product_shapes(shape: dict, tokens: int, chunk: int) -> dict[str, tuple[int, int, int, str]]:
-    """name -> (tokens, width in, width out, dtype out) of the products with weights; logits come out in float32, as in the loss."""
+    """name -> (tokens, width in, width out, dtype out) of the products with weights.
+
+    Logits come out in float32, as in the loss.
+    """
     D, F, H = shape["d_model"], shape["ffn_dim"], shape["head_dim"]
     N, K = shape["num_heads"], shape["num_kv_heads"]
     return {
@@ -90,13 +93,13 @@ def product_shapes(shape: dict, tokens: int, chunk: int) -> dict[str, tuple[int,
 def measure_products(
     *, scale: str, rounds: int, tokens: int = TOKENS, chunk: int = LOSS_CHUNK
 ) -> Row:
-    """A case: its row holds the rows of all products, under `table`."""
+    """A case whose row holds the rows of all products, under `table`."""
     found = []
     for name, shape in product_shapes(MODELS[scale], tokens, chunk).items():
         row = {"case": f"{name}, {shape[0]} x {shape[1]} x {shape[2]}"}
         try:
             seconds = time_products(*shape, rounds=rounds)
-        except Exception as error:  # as in cases.py: the next goes on
+        except Exception as error:  # a failed product is a row like any other
             traceback.print_exc()
             row["error"] = one_line(error)
         else:
@@ -132,7 +135,7 @@ def time_products(
     seconds = {}
     for name, (spec, a, b, dtype) in products.items():
         run = jax.jit(functools.partial(jnp.einsum, spec, preferred_element_type=dtype))
-        seconds[name], _ = seconds_a_call(
+        seconds[name], _ = seconds_per_call(
             functools.partial(run, a, b), jax.block_until_ready, rounds
         )
     return seconds
@@ -150,7 +153,10 @@ def measure_attention(
     dtype: str = "bfloat16",
     check: tuple[int, int] = (2, 2048),
 ) -> Row:
-    """A case: time and memory of forward and backward pass at (rows, seq_len), then errors at the rows and length `check`."""
+    """A case: time and memory of forward and backward at (rows, seq_len).
+
+    Then the errors at the rows and length of `check`.
+    """
     import jax
 
     from nanollama_jax import sharding
@@ -162,15 +168,14 @@ def measure_attention(
         arrays = attention.draw(rows, seq_len)
         documents, merged = attention.documents(segment_ids)
         jax.block_until_ready(arrays)
-        forward, spread = seconds_a_call(
+        forward, spread = seconds_per_call(
             lambda: attention.forward(*arrays[:3], documents), jax.block_until_ready, rounds
         )
-        both, _ = seconds_a_call(
+        both, _ = seconds_per_call(
             lambda: attention.both(*arrays, documents), jax.block_until_ready, rounds
         )
-        flops = (
-            2.0 * heads[0] * heads[2] * squared_lengths(segment_ids)
-        )  # half the square: 4 H a pair
+        # Half the square, 4 H per pair
+        flops = 2.0 * heads[0] * heads[2] * squared_lengths(segment_ids)
         row = {
             "forward_ms": 1e3 * forward,
             "backward_ms": 1e3 * (both - forward),
@@ -182,18 +187,17 @@ def measure_attention(
             "backward_tflops": 2.5 * flops / (both - forward) / 1e12,
         }
         if memory := jax.devices()[0].memory_stats():
-            row["extra_gb"] = (
-                memory["peak_bytes_in_use"] - 2 * sum(x.nbytes for x in arrays)
-            ) / 1e9
+            needed = 2 * sum(x.nbytes for x in arrays)
+            row["extra_gb"] = (memory["peak_bytes_in_use"] - needed) / 1e9
         try:
             row |= attention.errors(*check, ragged)
-        except Exception:  # the times stand all the same
+        except Exception:  # the times are still valid
             traceback.print_exc()
         return row
 
 
 def segments(rows: int, seq_len: int, ragged: bool) -> np.ndarray:
-    """Whole rows, or documents of the lengths of documents.py: the same for each room and backend."""
+    """Whole rows, or documents with the lengths of documents.py: the same for all cases."""
     if not ragged:
         return np.ones((rows, seq_len), np.int32)
     (batch,) = draw_batches(1, rows, seq_len, vocab_size=1000)
@@ -201,7 +205,10 @@ def segments(rows: int, seq_len: int, ragged: bool) -> np.ndarray:
 
 
 class Attention:
-    """`model/attention.py` for one backend and shape of heads, jitted. All of it inside `sharding.use_mesh`."""
+    """`model/attention.py` for one backend and shape of heads, jitted.
+
+    Use it inside `sharding.use_mesh`.
+    """
 
     def __init__(self, backend: str, heads: tuple[int, int, int], room: int, dtype: str):
         import jax
@@ -253,17 +260,22 @@ class Attention:
         return draw()
 
     def documents(self, segment_ids_BT: np.ndarray) -> tuple[Any, Any]:
-        """What `attend` wants to know of the documents, and how many found no room."""
+        """The layout that `attend` takes, and how many documents were merged."""
         import jax
 
         from nanollama_jax.model.attention import documents_of, merged_documents
 
-        return jax.jit(
-            lambda ids: (documents_of(ids, self.config), merged_documents(ids, self.config))
-        )(segment_ids_BT)
+        @jax.jit
+        def layout(ids):
+            return documents_of(ids, self.config), merged_documents(ids, self.config)
+
+        return layout(segment_ids_BT)
 
     def errors(self, rows: int, seq_len: int, ragged: bool) -> Row:
-        """Of the output and the gradients against xla in float32; None where documents were merged, for then they must differ."""
+        """Relative errors of the output and gradients against xla in float32.
+
+        Empty if documents were merged, since then they must differ.
+        """
         import jax
         import jax.numpy as jnp
 
@@ -282,17 +294,13 @@ class Attention:
             )
             return out, *backward(d_out)
 
-        with jax.default_matmul_precision(
-            "highest"
-        ):  # a GPU's float32 products are otherwise of 19 bits
+        # By default a GPU's float32 products have 19 bits
+        with jax.default_matmul_precision("highest"):
             right = expected(*arrays)
         found = self.both(*arrays, documents)
-        norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).reshape(-1))  # noqa: E731
-        values = [
-            float(norm(a.astype(jnp.float32) - b) / norm(b))
-            for a, b in zip(found, right, strict=True)
-        ]
-        return {
-            f"error_{name}": value
-            for name, value in zip(("forward", "dq", "dk", "dv"), values, strict=True)
-        }
+        errors = {}
+        for name, ours, xla in zip(("forward", "dq", "dk", "dv"), found, right, strict=True):
+            difference = (ours.astype(jnp.float32) - xla).reshape(-1)
+            error = jnp.linalg.norm(difference) / jnp.linalg.norm(xla.reshape(-1))
+            errors[f"error_{name}"] = float(error)
+        return errors

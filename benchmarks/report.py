@@ -1,4 +1,7 @@
-"""What a benchmark prints and writes: the machine first, each row as it is measured, the whole table last, and the same as JSON."""
+"""What a benchmark prints and writes.
+
+The machine, each row once it is measured, and finally the whole table; and the same as JSON.
+"""
 
 import importlib.metadata
 import os
@@ -36,7 +39,10 @@ _VERSIONS = (
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU that jax may use. Asked of the driver: to ask jax would take most of the GPU's memory."""
+    """Whether there is an NVIDIA GPU that jax may use.
+
+    Asks the driver: asking jax would reserve most of the GPU's memory.
+    """
     return os.environ.get("JAX_PLATFORMS", "cuda") != "cpu" and bool(_nvidia_smi("-L"))
 
 
@@ -68,13 +74,15 @@ def collect(
     json_path: str | None,
     notes: Callable[[list[Row]], list[str]],
 ) -> list[Row]:
-    """Prints the machine, each row as it comes, the table with its title and what `notes` says of all rows; `json_path` is up to date all along."""
+    """Prints the machine, each row as it comes, the table and the lines of `notes(rows)`.
+
+    The file at `json_path` is kept up to date after every row.
+    """
     about, found = environment(), []
     for key, value in about.items():
-        print(
-            f"{key}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}",
-            flush=True,
-        )
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {of}" for name, of in value.items())
+        print(f"{key}: {value}", flush=True)
     for row in rows:
         found.append(row)
         print(_line(row, columns, ""), flush=True)
@@ -91,9 +99,8 @@ def collect(
 
 def print_table(rows: list[Row], columns: Columns, title: str) -> None:
     width = max((len(row["case"]) for row in rows), default=4)
-    print(
-        f"\n{title}\n{'':{width}s}{''.join(f'  {heading:>{_width(heading, form)}s}' for heading, form in columns.values())}"
-    )
+    headings = (f"  {heading:>{_width(heading, form)}s}" for heading, form in columns.values())
+    print(f"\n{title}\n{'':{width}s}{''.join(headings)}")
     for row in rows:
         print(_line(row, columns, width))
 

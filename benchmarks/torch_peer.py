@@ -1,9 +1,10 @@
-"""The same model and update in transformers + torch: what our training step is measured against.
+"""The same model and update in transformers + torch: the baseline of our training step.
 
-On a GPU: float32 master weights, bfloat16 autocast and residual stream, torch.compile, fused AdamW, with and without gradient checkpointing, in the
-largest micro-batch that fits. Causal attention is SDPA, as torch chooses or cuDNN's; attention within documents is FlexAttention or torch's
-varlen flash attention. All come to transformers' model as attention functions of ours, or as a block mask: its own making of masks gives a dense
-one when it is compiled.
+On a GPU: float32 master weights, bfloat16 autocast and residual stream, torch.compile and fused
+AdamW, with and without gradient checkpointing, in the largest micro-batch that fits. Causal
+attention is SDPA, in torch's choice of kernel or cuDNN's; attention within documents is
+FlexAttention or torch's varlen flash attention. transformers' model gets them as attention
+functions of ours or as a block mask: compiled, its own mask creation materializes a dense mask.
 """
 
 import contextlib
@@ -34,14 +35,14 @@ COLUMNS = {
 
 
 def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
-    """Ours and torch's, documents masked and plain causal; what matters most comes first. Without checkpointing at most 32,768 tokens at a time."""
+    """Ours and torch's, documents masked and plain causal, the most important first.
+
+    Without checkpointing, micro-batches have at most 32,768 tokens.
+    """
 
     def torch_case(attention: str, checkpointing: bool, whole: bool) -> Case:
-        sizes = [
-            size
-            for size in ((65_536, 32_768, 16_384) if checkpointing else (32_768, 16_384, 8192))
-            if size >= seq_len
-        ] or [seq_len]
+        sizes = (65_536, 32_768, 16_384) if checkpointing else (32_768, 16_384, 8192)
+        sizes = [size for size in sizes if size >= seq_len] or [seq_len]
         about = dict(
             scale=scale,
             seq_len=seq_len,
@@ -56,13 +57,8 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
         return Case(name, measure_torch, attempts)
 
     def ours(attention: str, remat: str, accumulation: int) -> Case:
-        return case_of_ours(
-            scale,
-            seq_len,
-            [(attention, remat, accumulation), (attention, "qkv", accumulation)],
-            rounds,
-            steps,
-        )
+        settings = [(attention, remat, accumulation), (attention, "qkv", accumulation)]
+        return case_of_ours(scale, seq_len, settings, rounds, steps)
 
     first, second = OUR_SETTINGS
     return [
@@ -82,7 +78,10 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int) -> list[Case]:
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """Our fastest over torch's fastest, among those that mask documents and among those that do not; what is missing is named."""
+    """Our fastest over torch's fastest, with documents masked and plain causal.
+
+    A side that was not measured is named.
+    """
     lines = []
     for kind, ours, theirs in (
         ("within documents", ("cudnn_packed",), MASKED),
@@ -99,13 +98,13 @@ def ratios(rows: list[Row]) -> list[str]:
             ]
             best.append(max(measured, key=lambda row: row["tokens_per_second"], default=None))
         if None in best:
-            lines.append(
-                f"{kind}: no ratio, for {'ours' if best[0] is None else 'torch'} was not measured"
-            )
+            missing = "ours" if best[0] is None else "torch"
+            lines.append(f"{kind}: no ratio, because {missing} was not measured")
         else:
             ratio = best[0]["tokens_per_second"] / best[1]["tokens_per_second"]
             lines.append(
-                f"{kind}: {ratio:.2f}x as fast as torch's fastest ({best[0]['case']} against {best[1]['case']})"
+                f"{kind}: {ratio:.2f}x as fast as torch's fastest ({best[0]['case']} against "
+                f"{best[1]['case']})"
             )
     return lines
 
@@ -124,7 +123,10 @@ def measure_torch(
     device: str = "cuda",
     shape: dict | None = None,
 ) -> Row:
-    """A case: steps of `step_tokens`, in micro-batches of `micro_tokens`. `whole` compiles the model at once, not layer by layer."""
+    """A case: steps of `step_tokens` tokens, in micro-batches of `micro_tokens`.
+
+    `whole` compiles the model at once instead of layer by layer.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -201,7 +203,10 @@ def measure_torch(
 
 
 def llama(shape: dict, attention: str):
-    """transformers' Llama of our shape. `attention`: its own `flex_attention`, or one of the functions below."""
+    """transformers' Llama of our shape.
+
+    `attention` is transformers' `flex_attention`, or one of the functions below.
+    """
     import transformers
 
     if attention in ("sdpa", "sdpa_cudnn", "varlen"):
@@ -233,7 +238,10 @@ def llama_config(shape: dict):
 
 
 def to_torch(batches: list[dict[str, np.ndarray]], attention: str, device: str) -> list[tuple]:
-    """`(ids, targets, options of the model's call)` of each; targets that are not learnt are -100. Options have one shape: no compiling anew."""
+    """`(ids, targets, options of the model's call)` of each batch; unlearned targets are -100.
+
+    Options have one shape, so nothing is compiled twice.
+    """
     import torch
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -254,27 +262,20 @@ def to_torch(batches: list[dict[str, np.ndarray]], attention: str, device: str) 
     longest = int(max(np.diff(one).max() for one in offsets))
     found = []
     for batch, of_batch in zip(batches, offsets, strict=True):
-        options = (
-            {}
-            if attention in CAUSAL
-            else {"position_ids": torch.from_numpy(batch["positions"]).long().to(device)}
-        )
+        options = {}
+        if attention not in CAUSAL:
+            options["position_ids"] = torch.from_numpy(batch["positions"]).long().to(device)
         if attention == "flex_attention":
-            options["attention_mask"] = block_mask(
-                torch.from_numpy(batch["segment_ids"]).to(device)
-            )
+            segment_ids = torch.from_numpy(batch["segment_ids"]).to(device)
+            options["attention_mask"] = block_mask(segment_ids)
         if attention == "varlen":
             options |= {
                 "document_offsets": torch.from_numpy(of_batch).to(device),
                 "longest_document": longest,
             }
         ids = torch.from_numpy(batch["tokens"]).long().to(device)
-        targets = (
-            torch.from_numpy(np.where(batch["loss_weights"] > 0, batch["targets"], -100))
-            .long()
-            .to(device)
-        )
-        found.append((ids, targets, options))
+        targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
+        found.append((ids, torch.from_numpy(targets).long().to(device), options))
     return found
 
 
@@ -288,7 +289,10 @@ def causal_attention(module, q_BNTH, k_BKTH, v_BKTH, attention_mask, scaling: fl
 
 
 def varlen_attention() -> Callable:
-    """torch's flash attention over documents laid end to end, rows after rows. What it is called with depends on torch's version."""
+    """torch's flash attention over documents laid end to end, row after row.
+
+    Its arguments depend on torch's version.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = inspect.signature(varlen_attn).parameters
@@ -319,16 +323,17 @@ def varlen_attention() -> Callable:
 
 
 def cpu_step(shape: dict, tokens: np.ndarray) -> Callable[[int], None]:
-    """Runs n steps in float32, uncompiled: its default attention (SDPA), plain causal, which is less work than a document mask."""
+    """Runs n uncompiled float32 steps with the default attention (SDPA), plain causal.
+
+    That is less work than a document mask.
+    """
     import torch
     import transformers
 
     model = transformers.LlamaForCausalLM(llama_config(shape)).float()
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs, labels = (
-        torch.from_numpy(tokens[:, :-1]).long(),
-        torch.from_numpy(tokens[:, :-1]).long(),
-    )
+    inputs = torch.from_numpy(tokens[:, :-1]).long()
+    labels = inputs.clone()
 
     def run(n: int) -> None:
         for _ in range(n):

@@ -1,4 +1,7 @@
-"""Our training step, as `main.py` runs it: on a CPU against transformers + torch at nano scale; on a GPU by attention backend and remat policy."""
+"""Our training step, as `main.py` runs it.
+
+On a CPU against transformers + torch at nano scale; on a GPU by attention backend and remat policy.
+"""
 
 import statistics
 import time
@@ -13,11 +16,12 @@ from benchmarks.timing import median_and_spread
 from configs import phase1
 from nanollama_jax.recipes import MODELS
 
-TOKENS = 65_536  # of a step on each GPU: half of phase 1's step, which is for two
+TOKENS = 65_536  # per step and GPU: half of phase 1's step, which is for two GPUs
 WARM_UP = 2
 PROFILED_STEPS = 3
 
-# Attention, remat policy, micro-batches; what matters most comes first. One micro-batch is 16 x 4096 or 4 x 16384 rows.
+# Attention, remat policy, micro-batches; the most important first. One micro-batch is 16 x 4096 or
+# 4 x 16384 rows.
 GPU_CASES = (
     ("cudnn_packed", "products", 2),
     ("cudnn_packed", "gate_up", 1),
@@ -47,23 +51,24 @@ GPU_COLUMNS = {
     "loss": ("loss", ".3f"),
 }
 GPU_NOTES = (
-    "MFU counts causal attention over whole rows (ModelConfig.flops_per_token); MFU docs only within documents, as it is done. Recomputation is in",
-    "neither. peak: device memory in use at most; planned: arguments and temporaries by the compiler's count; GB are 1e9 bytes.",
-    "merged: documents of the batch that attention took for a part of the one before, for want of room (model.packed_documents).",
+    "MFU counts causal attention over whole rows (ModelConfig.flops_per_token); MFU docs counts it",
+    "within documents, as computed. Neither counts recomputation. peak: maximum device memory;",
+    "planned: arguments and temporaries, as the compiler counts them; GB are 1e9 bytes.",
+    "merged: documents merged into their predecessor because model.packed_documents is too small.",
 )
 
 
 class Step(NamedTuple):
     """A compiled training step with a state of its own."""
 
-    run: Callable[[int], dict[str, Any]]  # that many steps, waited for; the last one's metrics
+    run: Callable[[int], dict[str, Any]]  # runs n steps to the end; returns the last one's metrics
     model: Any
     compile_seconds: float
     planned_bytes: int
 
 
 def our_config(scale: str, seq_len: int, rows: int, accumulation: int = 1, **model: Any):
-    """Phase 1's config of `scale`, with other rows; `model` overrides its shape."""
+    """Phase 1's config of `scale` with other rows; `model` overrides its model."""
     config = phase1.get_config(scale)
     with config.unlocked():
         config.update(
@@ -79,7 +84,7 @@ def our_config(scale: str, seq_len: int, rows: int, accumulation: int = 1, **mod
 
 
 def our_step(config, batches: list[dict[str, np.ndarray]]) -> Step:
-    """The program that the loop compiles for `config`, on all devices, fed the batches in turn."""
+    """The program that the loop compiles for `config`, on all devices, fed `batches` in turn."""
     import jax
 
     from nanollama_jax import sharding
@@ -122,7 +127,10 @@ def measure_ours(
     profile: str | None,
     **model: Any,
 ) -> Row:
-    """A case: `rows` rows a GPU, documents masked unless attention is plain causal `cudnn`. Afterwards a trace of a few steps, into `profile`."""
+    """A case: `rows` rows per GPU, with documents masked unless attention is `cudnn`.
+
+    Finally traces a few steps into `profile`.
+    """
     import jax
 
     from nanollama_jax.train.metrics import PEAK_FLOPS
@@ -163,7 +171,7 @@ def measure_ours(
 
 
 def packed_documents(seq_len: int) -> int:
-    """Room for documents a row, for the lengths of documents.py: 5 a row at 4,096 tokens, 10 at 16,384."""
+    """Room for the lengths of documents.py: 5 documents per 4,096-token row, 10 per 16,384."""
     return 8 if seq_len <= 4096 else 16
 
 
@@ -175,7 +183,7 @@ def case_of_ours(
     steps: int,
     profile: str | None = None,
 ) -> Case:
-    """Of `settings`, (attention, remat, micro-batches), the first that fits."""
+    """The first of `settings`, (attention, remat, micro-batches), that fits."""
     attention, remat, accumulation = settings[0]
     about = dict(
         scale=scale,
@@ -198,7 +206,7 @@ def case_of_ours(
 
 
 def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int, profile: str | None) -> list[Case]:
-    """All of them; to profile, only the first."""
+    """All cases; to profile, only the first."""
     return [
         case_of_ours(scale, seq_len, [setting], rounds, steps, profile)
         for setting in (GPU_CASES[:1] if profile else GPU_CASES)
@@ -206,31 +214,28 @@ def gpu_cases(scale: str, seq_len: int, rounds: int, steps: int, profile: str | 
 
 
 def benchmark_on_cpu(rounds: int, steps: int) -> None:
-    """Rounds of `steps` steps of each in turn, so that a busy spell of the machine hits both; medians over rounds."""
+    """Medians over rounds of `steps` steps of each in turn, so that a busy spell hits all."""
     from benchmarks.torch_peer import cpu_step
 
     shape, batch_size, seq_len = MODELS["nano"], 16, 256
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape["vocab_size"], (batch_size, seq_len + 1), dtype=np.int32)
+    shape_BT = (batch_size, seq_len)
+    two_documents = np.repeat([1, 2], seq_len // 2).astype(np.int32)
+    positions = np.tile(np.arange(seq_len // 2, dtype=np.int32), 2)
     batch = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "loss_weights": np.ones((batch_size, seq_len), np.float32),
-        "segment_ids": np.broadcast_to(
-            np.repeat([1, 2], seq_len // 2), (batch_size, seq_len)
-        ).astype(np.int32),
-        "positions": np.broadcast_to(
-            np.tile(np.arange(seq_len // 2), 2), (batch_size, seq_len)
-        ).astype(np.int32),
+        "loss_weights": np.ones(shape_BT, np.float32),
+        "segment_ids": np.broadcast_to(two_documents, shape_BT).copy(),
+        "positions": np.broadcast_to(positions, shape_BT).copy(),
     }
     peers = {"transformers + torch": cpu_step(shape, tokens)}
     for remat in ("none", "products"):
         for scan_layers in (False, True):
             name = f"ours, remat {remat}, layers {'scanned' if scan_layers else 'unrolled'}"
-            peers[name] = our_step(
-                our_config("nano", seq_len, batch_size, remat=remat, scan_layers=scan_layers),
-                [batch],
-            ).run
+            config = our_config("nano", seq_len, batch_size, remat=remat, scan_layers=scan_layers)
+            peers[name] = our_step(config, [batch]).run
             peers[name](WARM_UP)
     rates = {name: [] for name in peers}
     for _ in range(rounds):
@@ -240,9 +245,9 @@ def benchmark_on_cpu(rounds: int, steps: int) -> None:
             rates[name].append(steps * batch_size * seq_len / (time.perf_counter() - started))
     baseline = statistics.median(rates["transformers + torch"])
     print(
-        f"\nOne step of {batch_size} x {seq_len} tokens: forward, backward, clip, AdamW, in float32 (median of {rounds} rounds of {steps} steps)"
+        f"\nOne step of {batch_size} x {seq_len} tokens: forward, backward, clip, AdamW, in float32"
+        f" (median of {rounds} rounds of {steps} steps)"
     )
     for name, values in rates.items():
-        print(
-            f"{name:36s} {statistics.median(values):8,.0f} tokens/s  {statistics.median(values) / baseline:5.2f}x"
-        )
+        rate = statistics.median(values)
+        print(f"{name:36s} {rate:8,.0f} tokens/s  {rate / baseline:5.2f}x")

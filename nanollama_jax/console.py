@@ -1,8 +1,9 @@
-"""What the project prints goes through `console` (stdout) and `error_console` (stderr), and is shown as it is.
+"""All output of the project: `console` (stdout) and `error_console` (stderr) print text verbatim.
 
-Text is never read as markup or emoji names, wrapped or cut. On a terminal, control characters are shown escaped (`\\x1b`), not obeyed:
-models and data are untrusted. Once this module is imported, stdout and stderr escape what their encoding lacks, and stdin lets bytes
-that it cannot decode through as surrogates, which the tokenizer refuses; Python would raise.
+Text is never read as markup or emoji names, wrapped or cut. On a terminal, control characters are
+escaped (`\\x1b`): models and data are untrusted. Importing this module makes stdout and stderr
+escape characters that their encoding lacks, and makes stdin pass undecodable bytes on as
+surrogates, which the tokenizer refuses; by default Python would raise.
 """
 
 import io
@@ -18,7 +19,7 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # a notebook's is not, and takes any text
+    if isinstance(stream, io.TextIOWrapper):  # a notebook's is not, and accepts any text
         stream.reconfigure(errors="backslashreplace")
 if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(errors="surrogateescape")
@@ -34,12 +35,12 @@ Item = TypeVar("Item")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, newlines and tabs excepted."""
+    """`text` with control characters escaped, except newlines and tabs."""
     return text.translate(_ESCAPES)
 
 
 class Console(rich.console.Console):
-    """rich's console for text as it is, and for tables that are as wide as their content where there is no terminal."""
+    """rich's console for verbatim text; without a terminal, tables are as wide as their content."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -47,27 +48,24 @@ class Console(rich.console.Console):
     @property
     def size(self) -> rich.console.ConsoleDimensions:
         size = super().size
-        return (
-            size if self.is_terminal or self._width is not None else size._replace(width=_UNLIMITED)
-        )
+        unlimited = not self.is_terminal and self._width is None
+        return size._replace(width=_UNLIMITED) if unlimited else size
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Cells and titles of tables; rich would remove some control characters and obey others."""
+        """For cells and titles of tables: rich would drop some control characters, obey others."""
         return super().render_str(printable(text), **options)
 
     def print(
         self, *objects: Any, style: str | None = None, end: str = "\n", **options: Any
     ) -> None:
-        """Strings go out as they are, control characters escaped on a terminal, whatever `options` say; rich would wrap
-        them and expand tabs."""
+        """Prints strings verbatim, with control characters escaped on a terminal.
+
+        `options` do not apply to strings; rich would wrap them and expand tabs.
+        """
         if all(isinstance(item, str) for item in objects):
             text = " ".join(objects)
-            line = [
-                Segment(
-                    printable(text) if self.is_terminal else text, self.get_style(style or "none")
-                ),
-                Segment(end),
-            ]
+            text = printable(text) if self.is_terminal else text
+            line = [Segment(text, self.get_style(style or "none")), Segment(end)]
             super().print(Segments(line), crop=False)
         else:
             crop = options.pop("crop", not isinstance(objects[0], rich.table.Table))
@@ -79,7 +77,7 @@ error_console = Console(stderr=True)
 
 
 class Table(rich.table.Table):
-    """rich's table, but never cut: a cell without room folds, words and figures of up to WHOLE characters excepted."""
+    """rich's table, never cut: cells fold, except words and figures of up to WHOLE characters."""
 
     WHOLE = 12
 

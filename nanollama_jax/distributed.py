@@ -1,10 +1,10 @@
 """Several processes as one run: they meet, agree on what they run, and end together.
 
-jax alone trains on when the processes were started differently, and aborts with a C++ stack trace
-about 100 s after one has died. So each process keeps a TCP connection of its own to process 0. The
-kernel closes it when a process dies, however it dies; before that it carries what must agree, and
-the line that a process stopped with. jax's coordination is relayed through the same port, because
-jax aborts a process that loses process 0 before that process can say so.
+jax alone keeps training if the processes were started differently, and aborts with a C++ stack
+trace about 100 s after one has died. So each process keeps a TCP connection to process 0. It
+carries the facts that must agree and the message that a process stopped with, and the kernel closes
+it however a process dies. jax's coordination is relayed through the same port, because jax aborts a
+process that loses process 0 before that process can report it.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput, RunStopped
 from nanollama_jax.process import say
 
-CONNECT_S = 300  # within this all processes must have arrived
-JAX_HEARTBEAT_S = 600  # jax's own verdict on a silent process, an abort: ours comes long before it
+CONNECT_S = 300  # time for all processes to connect
+JAX_HEARTBEAT_S = 600  # until jax aborts because of a silent process; we find out long before
 FOR_JAX = b"jax\n"  # the first line of a connection that carries jax's coordination
 WELCOME = {"welcome": True}
 PACKAGE = pathlib.Path(__file__).parent
@@ -43,20 +43,18 @@ LIBRARIES = (
     "sentencepiece",
 )
 
-_links: "Links | None" = None  # of this process, if it is one of several
+_links: "Links | None" = None  # set if this process is one of several
 
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
+    coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> Iterator[None]:
-    """Inside, this is one of `num_processes`, to jax too; the only one if all arguments are None.
+    """Inside, this is one of `num_processes`, also for jax; the only one if all are None.
 
     `coordinator` is HOST:PORT of process 0, or `auto` in a Slurm or Open MPI job. An exception that
-    leaves the block ends the other processes as well, each with a line that tells of it. Raises
-    BadInput if the flags are wrong, the processes do not meet, or their code or versions differ.
+    leaves the block also ends the other processes, and each reports it in one line. Raises BadInput
+    if the flags are wrong, the processes do not meet, or their code or versions differ.
     """
     global _links
     place = _place(coordinator, num_processes, process_id)
@@ -85,7 +83,7 @@ def joined(
 def check_agreement(facts: dict[str, Any], limit_s: float = float("inf")) -> None:
     """Waits for all processes; process 0 raises BadInput unless `facts` are the same on all.
 
-    Comes before any computation across processes whose shapes depend on the facts.
+    Call it before any computation across processes whose shapes depend on the facts.
     """
     if _links is None:
         return
@@ -106,7 +104,7 @@ def check_agreement(facts: dict[str, Any], limit_s: float = float("inf")) -> Non
 
 
 def difference(ours: dict[str, str], theirs: dict[str, str], process: int) -> str:
-    """What differs between the `flat` facts of process 0 and of another; empty if nothing does."""
+    """How the `flat` facts of process 0 and of another differ, in words; empty if they agree."""
     names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if not names:
         return ""
@@ -120,7 +118,7 @@ def difference(ours: dict[str, str], theirs: dict[str, str], process: int) -> st
 
 
 def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested dicts as one, keys joined with dots, values as JSON (so that a NaN equals a NaN)."""
+    """A nested dict flattened: keys joined by dots, values as JSON (so that NaN equals NaN)."""
     found = {}
     for key, value in facts.items():
         if isinstance(value, dict):
@@ -131,19 +129,20 @@ def flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def leave(error: BaseException) -> None:
-    """Ends one of several processes that failed: in an orderly exit jax waits for the others."""
-    if _links is None or (isinstance(error, SystemExit) and not error.code):
+    """Ends this process, one of several, after an error: jax would wait for the others on exit."""
+    status = error.code if isinstance(error, SystemExit) else 1
+    if _links is None or not status:
         return
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
-    _exit(error.code if isinstance(error, SystemExit) else 1)
+    _exit(status)
 
 
 class Links:
-    """The connections of this process: process 0's to all others, another's to process 0.
+    """The connections of this process: process 0 has one to each other, the others one to it.
 
-    Messages are JSON objects, one a line. A thread for each connection takes them: it ends this
-    process when the other is gone or says that it stopped, and leaves the rest to `receive`.
+    Messages are JSON objects, one per line. Each connection has a thread that reads them: it ends
+    this process when the peer is gone or has stopped, and queues other messages for `receive`.
     """
 
     def __init__(self, host: str, port: int, count: int, process_id: int):
@@ -157,7 +156,7 @@ class Links:
         self._sending, self._ending = threading.Lock(), threading.Lock()
 
     def listen(self) -> None:
-        """Process 0: takes connections from now on."""
+        """On process 0: accepts connections from now on."""
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         try:
@@ -168,7 +167,7 @@ class Links:
         _thread(_accept, server, self._meet)
 
     def connect(self) -> None:
-        """Another process: finds process 0, which may start later."""
+        """On another process: connects to process 0, which may start later."""
         waiting = _Waiting(CONNECT_S)
         while True:
             try:
@@ -190,14 +189,14 @@ class Links:
         self._add(0, connection)
 
     def send(self, message: dict[str, Any]) -> None:
-        """To process 0; from process 0 to all others."""
+        """Sends to process 0, or from process 0 to all others."""
         with self._sending:
             for connection in self._sockets.values():
-                with contextlib.suppress(OSError):  # its own thread sees that the other is gone
+                with contextlib.suppress(OSError):  # the connection's thread handles it
                     connection.sendall(_line(message))
 
     def receive(self, awaited: str, limit_s: float) -> tuple[int, dict[str, Any]]:
-        """The next message, and whose it is; raises BadInput if none comes in `limit_s`."""
+        """The next message and its sender; raises BadInput if none comes within `limit_s`."""
         waiting = _Waiting(limit_s)
         while True:
             with contextlib.suppress(queue.Empty):
@@ -206,15 +205,15 @@ class Links:
                     raise BadInput(message["refused"])
                 if "finished" in message:
                     idle = f"process {process} has nothing left to do, unlike this one"
-                    raise BadInput(f"{idle}: give all one --workdir, on a shared file system")
+                    raise BadInput(f"{idle}: use one --workdir for all, on a shared file system")
                 return process, message
             waiting.check(f"{awaited} at {self.host}:{self.port}")
 
     def tell(self, error: BaseException) -> None:
-        """Ends the others because of `error`; never returns if they are ending this process."""
+        """Ends the other processes because of `error`; blocks if they are ending this one."""
         expected = isinstance(error, BadInput | RunStopped | KeyboardInterrupt)
         if not expected:
-            # A collective fails when a peer dies; the thread that lost it has the better line
+            # A collective fails when a peer dies; the thread that lost it has the better message
             time.sleep(3)
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()
@@ -225,7 +224,7 @@ class Links:
         self._end_others(f"process {self.process_id} of {self.count} stopped: {text}", code)
 
     def _end(self, text: str, code: int) -> None:
-        """Ends this process, and before it, if it is process 0, the others."""
+        """Ends this process; process 0 first ends the others."""
         if self._ending.acquire(blocking=False):
             self._end_others(text, code)
             say(f"error: {text}")
@@ -237,13 +236,13 @@ class Links:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + 2
-        for thread in self._threads:  # each lasts until the other has read this and closed
+        for thread in self._threads:  # each runs until its peer has read this and closed
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _meet(self, connection: socket.socket) -> None:
-        """Process 0: who connects, another process or its jax, is said in the first line."""
-        with contextlib.suppress(OSError, ValueError):  # someone else: a port scan
+        """On process 0: the first line says who connects, another process or its jax."""
+        with contextlib.suppress(OSError, ValueError):  # neither: a port scan
             connection.settimeout(20)
             first = _first_line(connection)
             if first == FOR_JAX:
@@ -257,7 +256,6 @@ class Links:
     def _welcome(self, connection: socket.socket, process: int, count: int) -> None:
         with self._sending:
             complete = len(self._sockets) == self.count - 1
-            refused = ""
             if count != self.count:
                 refused = f"--num_processes={count} on process {process}, {self.count} on process 0"
             elif process in self._sockets:
@@ -266,7 +264,7 @@ class Links:
                 connection.sendall(_line(WELCOME))
                 self._add(process, connection)
                 return
-        refused += ": give all the same number, and each its own id"
+        refused += ": use the same number for all, and a different id for each"
         connection.sendall(_line({"refused": refused}))
         if not complete:
             self._inbox.put((process, {"refused": refused}))
@@ -294,7 +292,7 @@ class Links:
 
 
 class _Waiting:
-    """Says now and then what this process waits for; raises BadInput when that takes too long."""
+    """Prints now and then what this process waits for; raises BadInput when it takes too long."""
 
     def __init__(self, limit_s: float):
         self._limit_s, self._started, self._say_at_s = limit_s, time.monotonic(), 5.0
@@ -312,11 +310,9 @@ class _Waiting:
 
 
 def _place(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
+    coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int, int] | None:
-    """Host and port of process 0, how many processes, which one this is; None for a single one."""
+    """Host and port of process 0, number of processes, own id; None for a single process."""
     if coordinator == "auto":
         if (num_processes, process_id) != (None, None):
             raise BadInput("--coordinator=auto goes without --num_processes and --process_id")
@@ -350,7 +346,7 @@ def _place(
 
 
 def _of_cluster() -> tuple[str, int, int]:
-    """What jax finds in the environment of a Slurm or Open MPI job."""
+    """Coordinator, number of processes and own id, from the environment of a cluster job."""
     from jax._src.clusters import ClusterEnv
 
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -372,7 +368,7 @@ def _start_jax(links: Links) -> None:
         server = socket.create_server(("127.0.0.1", 0))
         port = server.getsockname()[1]
         _thread(_accept, server, lambda connection: _relay_to_process_0(connection, links))
-    # gRPC would ask a proxy of the environment for the loopback address, and hang; jax warns of it
+    # With a proxy in the environment gRPC would ask it for the loopback address, and hang
     os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
     try:
@@ -409,7 +405,7 @@ def _relay_to_process_0(near: socket.socket, links: Links) -> None:
 
 
 def _relay(near: socket.socket, far: socket.socket, hold: bool) -> None:
-    """Passes bytes both ways. `hold`: `near` stays open when `far` ends: its jax would abort."""
+    """Passes bytes both ways. `hold`: `near` stays open when `far` ends, or its jax would abort."""
     _thread(_pump, near, far, True)
     _pump(far, near, not hold)
 
@@ -424,7 +420,7 @@ def _pump(source: socket.socket, sink: socket.socket, pass_end: bool) -> None:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Lets the kernel close the connection when the other host has not answered for a minute."""
+    """Makes the kernel close the connection when the peer has not answered for a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
@@ -439,7 +435,7 @@ def _free_port() -> int:
 
 
 def _first_line(connection: socket.socket) -> bytes:
-    """Reads no further than that."""
+    """The first line, without reading beyond it."""
     return connection.makefile("rb", buffering=0).readline(1000)
 
 
@@ -461,7 +457,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _installed() -> dict[str, Any]:
-    """Code, versions and compiler flags: others compile other programs, and collectives hang."""
+    """Code, versions and compiler flags: if they differ, so do programs, and collectives hang."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_dump" not in flag]
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()

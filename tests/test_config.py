@@ -154,7 +154,7 @@ def mixed(stage):
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=1),
     )
     numbers = {
-        name: grain.MapDataset.range(3).seed(pipeline.own_seed(stage.seed, name)).shuffle()
+        name: grain.MapDataset.range(3).seed(pipeline.source_seed(stage.seed, name)).shuffle()
         for name in weights
     }
     return next(
@@ -485,7 +485,7 @@ def test_seeds_do_not_alias():
         tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, top - 1, top)
     }
     assert len(keys) == 4
-    assert len({pipeline.own_seed(seed, "docs") for seed in (0, 1, top - 1, top)}) == 4
+    assert len({pipeline.source_seed(seed, "docs") for seed in (0, 1, top - 1, top)}) == 4
 
 
 def test_names_that_are_nearly_right():

@@ -1,4 +1,4 @@
-"""What is said is shown as it is, on every terminal, and nothing is cut."""
+"""Output is shown verbatim on every terminal, and nothing is cut."""
 
 import ast
 import io
@@ -12,7 +12,7 @@ import pytest
 
 from nanollama_jax.console import Console, Table, printable, track
 from nanollama_jax.errors import BadInput, one_line_errors
-from nanollama_jax.infer.engine import Completion
+from nanollama_jax.infer.batch import Completion
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.train import metrics
 from tests.conftest import ROOT
@@ -93,7 +93,8 @@ def test_cells_fold_on_a_narrow_terminal(width):
     assert "…" not in shown and "contaminated" in shown and "12,345,678" in shown, (
         "short words and figures stay whole"
     )
-    columns = [line.strip("│").split("│") for line in shown.splitlines() if line.startswith("│")]
+    bordered = [line for line in shown.splitlines() if line.startswith("│")]
+    columns = [line.strip("│").split("│") for line in bordered]
     folded = ["".join(part.strip() for part in column) for column in zip(*columns, strict=True)]
     assert (
         folded[2] == "/very/long/path/[2024]/" + "x" * 100
@@ -120,7 +121,7 @@ def test_a_stream_cannot_obey_an_escape_that_comes_in_parts(monkeypatch):
 
 
 def test_only_one_module_prints():
-    """A print, or a console of rich's, elsewhere would bring back markup, cut tables and obeyed escapes."""
+    """Elsewhere a print, or a rich console, would bring back markup, cut tables and escapes."""
     for path in [*ROOT.glob("nanollama_jax/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "main.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None

@@ -33,16 +33,16 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     path, host = tmp_path / "curves[1].png", socket.gethostname()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    begun = [
+    leftovers = [
         tmp_path / f".curves[1].png.{at}.tmp"
         for at in (f"{host}.{gone.pid}", f"{host}.1", f"elsewhere.{gone.pid}", f"{host}.x")
     ]
-    begun.append(tmp_path / f".other.png.{host}.{gone.pid}.tmp")
-    for file in begun:
+    leftovers.append(tmp_path / f".other.png.{host}.{gone.pid}.tmp")
+    for file in leftovers:
         file.touch()
     with whole_file(path) as file:
         file.write(b"new")
-    assert set(tmp_path.iterdir()) == {path, *begun[1:]}
+    assert set(tmp_path.iterdir()) == {path, *leftovers[1:]}
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -64,11 +64,11 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, message in (
         ("", "--out is empty"),
-        ("file/x", "file is no folder"),
-        ("file/x/y", "file is no folder"),
-        ("dangling/x", "dangling is no folder"),
+        ("file/x", "file is not a folder"),
+        ("file/x/y", "file is not a folder"),
+        ("dangling/x", "dangling is not a folder"),
         ("/dev/null", "is a device or a pipe"),
-        ("/dev/null/x", "/dev/null is no folder"),
+        ("/dev/null/x", "/dev/null is not a folder"),
         ("step_5/x", "is in the checkpoint"),
         ("step_5/state/new/x", "is in the checkpoint"),
     ):
@@ -151,10 +151,10 @@ def test_a_lock_file_that_this_machine_cannot_judge_is_named(
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     (tmp_path / "lock.held").write_text(content)
-    who = "process 1 on another" if "another" in content else "the process that began it"
+    who = "process 1 on another" if "another" in content else "the process that created it"
     with (
         pytest.raises(
-            BadInput, match=f"it is at work; if {who} is over, remove {tmp_path}/lock.held"
+            BadInput, match=f"it is at work; if {who} has ended, remove {tmp_path}/lock.held"
         ),
         locked(tmp_path / "lock", "it is at work"),
     ):

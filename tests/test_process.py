@@ -1,4 +1,4 @@
-"""Output that cannot be written never ends or holds up a process; Ctrl-C is one line at any moment."""
+"""Output that cannot be written never ends or blocks a process; Ctrl-C is one line at any time."""
 
 import os
 import pathlib
@@ -78,7 +78,10 @@ def test_a_slow_reader_gets_everything():
 
 def test_a_terminal_stays_one():
     ours, theirs = pty.openpty()
-    shows = "from nanollama_jax import process; process.keep_output_from_failing(); import rich.console; print(rich.console.Console().is_terminal)"
+    shows = (
+        "from nanollama_jax import process; process.keep_output_from_failing(); "
+        "import rich.console; print(rich.console.Console().is_terminal)"
+    )
     subprocess.run(
         [sys.executable, "-c", shows],
         cwd=ROOT,
@@ -96,7 +99,10 @@ def test_a_terminal_stays_one():
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("library", ["jaxlib", "tensorstore"])
 def test_ctrl_c_before_training_is_one_line(tmp_path, library):
-    """An exception in the midst of jaxlib's import was a segmentation fault; so was a shutdown under the threads of the others."""
+    """Without it, an exception in the middle of jaxlib's import ends in a segmentation fault.
+
+    So does a shutdown while other threads run.
+    """
     command = [
         sys.executable,
         "main.py",

@@ -10,7 +10,10 @@ import pytest
 from nanollama_jax import settings
 from tests.conftest import ROOT
 
-START = "from nanollama_jax import settings; settings.apply({}); import jax; print(jax.jit(lambda x: 2 * x)(21))"
+START = (
+    "from nanollama_jax import settings; settings.apply({}); "
+    "import jax; print(jax.jit(lambda x: 2 * x)(21))"
+)
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -40,7 +43,8 @@ def test_what_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     settings.apply(deterministic=True)
     assert os.environ["XLA_FLAGS"].endswith(
-        "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_enable_latency_hiding_scheduler=false"
+        "--xla_gpu_exclude_nondeterministic_ops=true "
+        "--xla_gpu_enable_latency_hiding_scheduler=false"
     )
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
 

@@ -14,7 +14,7 @@ from nanollama_jax.tokenizer import TURN_END, TURN_START, Tokenizer
 PYTHON = "".join(
     path.read_text() for path in sorted(pathlib.Path(tokenizer.__file__).parent.rglob("*.py"))
 )
-# SentencePiece writes a space as U+2581 and so decodes both to a space: the one exception to the round trip.
+# SentencePiece writes a space as U+2581 and decodes both to a space: the round trip's exception
 TEXT = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
     | st.sampled_from(" \n\t\r\0\u0301<s>/|"),
@@ -112,7 +112,7 @@ def test_the_same_text_gives_the_same_file(ours, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "again.model"], "a temporary file was left"
 
 
-def test_a_document_longer_than_the_trainer_takes_is_learnt_whole(tmp_path):
+def test_a_document_longer_than_the_trainer_takes_is_learned_whole(tmp_path):
     text = "x" * 50_000 + " " + "quixotic zephyr " * 50_000
     tokenizer.train([text], tmp_path / "long.model", vocab_size=305, max_bytes=10**9)
     assert len(Tokenizer(tmp_path / "long.model").encode(" zephyr")) == 1

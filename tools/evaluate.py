@@ -159,7 +159,7 @@ def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict
 
 
 def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
-    context, stride = perplexity.settle(
+    context, stride = perplexity.resolve(
         arguments.rule, arguments.context, arguments.stride, engine.context_length
     )
     console.print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")

@@ -53,7 +53,7 @@ def report(mix: Mix, rows: Mapping[str, Rows], tokenizer: Tokenizer, console: Co
     cells = []
     for name, found in rows.items():
         documents = (
-            f"{found.begun:,}",
+            f"{found.started:,}",
             f"{found.documents_N.mean():.1f}",
             f"{found.documents_N.max():,}",
             f"{found.merged:,}",
@@ -62,17 +62,20 @@ def report(mix: Mix, rows: Mapping[str, Rows], tokenizer: Tokenizer, console: Co
             (
                 name,
                 f"{len(found.pieces):,}",
-                f"{found.learnt:.2%}",
+                f"{found.learned:.2%}",
                 *documents,
-                f"{found.cut / max(1, found.begun):.0%}",
+                f"{found.cut / max(1, found.started):.0%}",
             )
         )
     title = f"Packed rows: documents merged beyond max_segments={mix.max_segments}, and cut by a row's end"
     _print_table(
-        console, title, ("rows", "learnt", "documents", "a row", "at\nmost", "merged", "cut"), cells
+        console,
+        title,
+        ("rows", "learned", "documents", "a row", "at\nmost", "merged", "cut"),
+        cells,
     )
     console.print(
-        "fill: 100% of every row (a training stream has no padding); learnt: all but EOS, whose next token is another document's"
+        "fill: 100% of every row (a training stream has no padding); learned: all but EOS, whose next token is another document's"
     )
 
     half = length(mix.seq_len // 2)

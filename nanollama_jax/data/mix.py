@@ -1,9 +1,10 @@
-"""What a stage's mix of sources holds: how often each source is read, and what is in the rows that training reads.
+"""What a stage's mix holds: how often each source is read, and what is in the rows training reads.
 
-Rows come from `pipeline.packed_rows` with the run's seed and the stage's row length, from the beginning of the source's order and before they
-are shuffled among each other. The first stage with this source trains on them; a later one goes on where the stage before stopped
-(`pipeline.positions`), so its own rows are alike, not the same. A document's part in a row is a piece; that of a merged document is one too, though
-it shares its segment.
+Rows come from `pipeline.packed_rows` with the run's seed and the stage's row length, from the start
+of the source's order and before rows are shuffled. The first stage that uses a source trains on
+them. A later stage resumes where the previous one stopped (`pipeline.positions`), so its rows are
+similar, not the same. A piece is the part of a document that lies in one row; a merged document
+is a piece of its own, although it shares its segment.
 """
 
 import collections
@@ -21,21 +22,23 @@ from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 
-# Up to 4 epochs repeated data is nearly as good as new; beyond, its worth falls off fast (Muennighoff et al. 2023, arXiv:2305.16264).
+# Up to 4 epochs, repeated data is nearly as good as new; beyond that its value falls off fast
+# (Muennighoff et al. 2023, arXiv:2305.16264).
 MAX_EPOCHS = 4
 
 
 def tokens_on_disk(source: pipeline.Source) -> int:
-    """Of the training split, with BOS and EOS."""
+    """Tokens of the training split, with BOS and EOS."""
     return source.tokens("train") + 2 * source.manifest["splits"]["train"]["documents"]
 
 
 def epochs(
     sources: Mapping[str, pipeline.Source], shares: Mapping[str, float], tokens: int
 ) -> dict[str, float]:
-    """How many times each source in `shares` (name -> weight, of any sum above 0) is read when `tokens` are read in all.
+    """How many times each source in `shares` (name -> weight, of any positive sum) is read.
 
-    BOS and EOS count on both sides: `tokens` is steps x tokens per step. Sources that `pipeline.train_batches` takes have no 0 to divide by.
+    `tokens` is steps x tokens per step, so BOS and EOS count on both sides. Sources that pass
+    `pipeline.check_weights` cannot divide by 0.
     """
     total = sum(shares.values())
     return {
@@ -45,10 +48,10 @@ def epochs(
 
 
 def repetition_warnings(epochs: Mapping[str, float], during: str) -> list[str]:
-    """A line for each source that is read more than `MAX_EPOCHS` times; `during` names what reads it."""
+    """A line for each source that is read more than `MAX_EPOCHS` times in the stage `during`."""
     return [
-        f"{name} is read {times:.2f} times in {during}: beyond {MAX_EPOCHS} times, text is worth less and less "
-        "(Muennighoff et al. 2023): prepare more of it, or lower its share"
+        f"{name} is read {times:.2f} times in {during}: beyond {MAX_EPOCHS} times, repeated text "
+        "is worth less and less (Muennighoff et al. 2023): prepare more of it, or lower its share"
         for name, times in epochs.items()
         if times > MAX_EPOCHS
     ]
@@ -56,12 +59,12 @@ def repetition_warnings(epochs: Mapping[str, float], during: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """A stage's sources, opened as its training opens them."""
+    """A stage's sources, opened as training opens them."""
 
     name: str
     sources: dict[str, pipeline.Source]
     shares: dict[str, float]  # sum to 1
-    tokens: int  # that the stage reads
+    tokens: int  # read by the stage
     epochs: dict[str, float]
     seq_len: int
     max_segments: int
@@ -69,18 +72,15 @@ class Mix:
 
 
 def open_mix(config: ConfigDict, tokenizer: Tokenizer) -> Mix:
-    """`config` is one stage's. Raises BadInput for what training would not read either."""
-    weights, rows = (
-        dict(config.data.sources),
-        (config.end_step - config.start_step) * config.batch_size,
-    )
+    """The mix of one stage's `config`. Raises BadInput for whatever training would refuse."""
+    weights = dict(config.data.sources)
+    rows = (config.end_step - config.start_step) * config.batch_size
     if not weights:
-        raise BadInput(
-            "data.sources is empty: name at least one prepared corpus and its share in the recipe"
-        )
+        raise BadInput("data.sources is empty: name at least one prepared corpus and its share")
     if min(rows, config.seq_len, config.data.max_segments) < 1:
         raise BadInput(
-            f"{config.name} has {rows:,} rows of {config.seq_len} tokens and data.max_segments={config.data.max_segments}: none may be below 1"
+            f"{config.name} has {rows:,} rows of {config.seq_len} tokens and data.max_segments="
+            f"{config.data.max_segments}: each must be at least 1"
         )
     sources = {name: pipeline.open_source(config.data.dir, name, tokenizer) for name in weights}
     packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments, seed=config.seed)
@@ -91,7 +91,7 @@ def open_mix(config: ConfigDict, tokenizer: Tokenizer) -> Mix:
 
 
 def epochs_of_all(mixes: Iterable[Mix]) -> dict[str, float]:
-    """How many times each source is read in all stages together, in the order in which they first name it."""
+    """How many times all stages together read each source, in order of first mention."""
     total = collections.Counter()
     for mix in mixes:
         total.update(mix.epochs)
@@ -100,14 +100,17 @@ def epochs_of_all(mixes: Iterable[Mix]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What N packed rows of one source hold, one after another. A training stream is endless: no row is padded."""
+    """Statistics of N consecutive packed rows of one source.
 
-    pieces: list[np.ndarray]  # N arrays: tokens of each document's piece of the row
-    continued: list[bool]  # N: whether the first piece goes on from the row before
-    learnt: float  # share of the tokens; the rest are EOS
-    merged: int  # documents that share a segment with the one before, for want of max_segments
-    begun: int  # documents, by their BOS
-    cut: int  # of these, by the end of the row that they begin in
+    A training stream is endless: no row is padded.
+    """
+
+    pieces: list[np.ndarray]  # N arrays: lengths in tokens of the row's pieces
+    continued: list[bool]  # N: whether the first piece continues the previous row's document
+    learned: float  # share of tokens with a loss; the rest are EOS
+    merged: int  # documents that share a segment with their predecessor: max_segments is too small
+    started: int  # documents that start in these rows, by their BOS
+    cut: int  # of these, documents cut by the end of their first row
     samples: dict[int, pipeline.Batch]  # some of the rows, by number
 
     @property
@@ -115,42 +118,44 @@ class Rows:
         return np.array([len(pieces) for pieces in self.pieces])
 
     def context_histogram(self, seq_len: int) -> np.ndarray:
-        """Share of the rows whose longest piece falls into each of `context_bins`."""
+        """Share of rows whose longest piece falls into each of `context_bins`."""
         longest_N, bins = [pieces.max() for pieces in self.pieces], context_bins(seq_len)
         return np.bincount(np.searchsorted(bins, longest_N), minlength=len(bins)) / len(longest_N)
 
     def long_context(self, seq_len: int) -> float:
-        """Share of tokens with at least half a row of their own document before them: a half where every row is one document's."""
-        return sum(np.maximum(pieces - seq_len // 2, 0).sum() for pieces in self.pieces) / (
-            len(self.pieces) * seq_len
-        )
+        """Share of tokens with at least seq_len / 2 tokens of their own document before them.
+
+        One half where every row is a single document.
+        """
+        tokens = sum(np.maximum(pieces - seq_len // 2, 0).sum() for pieces in self.pieces)
+        return tokens / (len(self.pieces) * seq_len)
 
 
 def context_bins(seq_len: int) -> list[int]:
-    """Upper ends, in tokens: the last five powers of two below `seq_len`, and itself."""
+    """Upper ends of bins, in tokens: the last five powers of two below `seq_len`, and `seq_len`."""
     return [2**k for k in range(seq_len.bit_length()) if 2**k < seq_len][-5:] + [seq_len]
 
 
 def describe(
     rows: Iterable[pipeline.Batch], tokenizer: Tokenizer, sample: Collection[int] = ()
 ) -> Rows:
-    """`rows` are as `pipeline.packed_rows` gives them; those numbered in `sample` are kept."""
-    pieces, continued, samples, learnt, merged, begun, cut = [], [], {}, [], 0, 0, 0
+    """Statistics of `rows` from `pipeline.packed_rows`; rows numbered in `sample` are kept."""
+    pieces, continued, samples, learned, merged, started, cut = [], [], {}, [], 0, 0, 0
     for number, row in enumerate(rows):
         starts = np.flatnonzero(row["tokens"] == tokenizer.bos_id)
         continued.append(0 not in starts)
         pieces.append(np.diff([0] * continued[-1] + [*starts, len(row["tokens"])]))
-        learnt.append(row["loss_weights"].mean())
+        learned.append(row["loss_weights"].mean())
         merged += pipeline.merged_documents(row, tokenizer.bos_id)
-        begun += len(starts)
+        started += len(starts)
         cut += len(starts) > 0 and row["tokens"][-1] != tokenizer.eos_id
         if number in sample:
             samples[number] = row
-    return Rows(pieces, continued, float(np.mean(learnt)), merged, begun, int(cut), samples)
+    return Rows(pieces, continued, float(np.mean(learned)), merged, started, int(cut), samples)
 
 
 def read_rows(mix: Mix, name: str, tokenizer: Tokenizer, count: int, console: Console) -> Rows:
-    """The first `count` rows of a source's order, or one epoch if that is less."""
+    """Statistics of the first `count` rows of a source's order, or of one epoch if that is less."""
     count = min(count, max(1, tokens_on_disk(mix.sources[name]) // mix.seq_len))
     label = f"{mix.name}: reading {count:,} rows of {name}"
     if not console.is_terminal:

@@ -1,9 +1,12 @@
-"""Prepared conversations and pairs -> packed batches: whole ones only, best-fit, each a document of its own in the row's mask.
+"""Prepared conversations and pairs -> packed batches.
 
-A row is a set of units that is decided once (best-fit over the whole source, shuffled); each epoch reads all rows in another order. A unit is a
-conversation or a pair, whose two sides are neighbouring segments, 2p + 1 and 2p + 2. Batches are as in data/pipeline.py; those of pairs have besides
+Conversations and pairs are packed whole, best-fit, each as a document of its own in the row's
+attention mask. Which units share a row is decided once (best-fit over the shuffled source); each
+epoch reads all rows in a new order. A unit is a conversation, or a pair whose two sides are
+adjacent segments, 2p + 1 and 2p + 2. Batches are those of data/pipeline.py; batches of pairs have
 
-    pairs    (B, M / 2) int32    the number of each slot's pair, -1 in empty ones: what its reference log-probabilities are looked up by
+    pairs    (B, M / 2) int32    the number of the pair in each slot, -1 in empty ones: the key of
+                                 its reference log-probabilities
 """
 
 import dataclasses
@@ -15,18 +18,21 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from nanollama_jax.corpus.finetuning import SAID
-from nanollama_jax.data.pipeline import Batch, Source, own_seed
+from nanollama_jax.data.pipeline import Batch, Source, source_seed, whole_batches
 from nanollama_jax.data.shards import naming_shard, split_shards
 from nanollama_jax.errors import BadInput
 
 
 def best_fit(lengths: Sequence[int], capacity: int, max_units: int) -> list[list[int]]:
-    """Bins of indices of `lengths`, each of at most `max_units` whose sum is at most `capacity`: in the order given, each into the fullest bin that
-    has room. Longest first fills a little more (docs/post_training.md), but with rows of like lengths, which are of one kind: consecutive batches
-    would differ by it."""
+    """Bins of indices of `lengths`: at most `max_units` each, with a sum of at most `capacity`.
+
+    In the given order, each unit goes into the fullest bin that has room. Longest first would fill
+    a little more (docs/post_training.md), but rows would hold units of similar length, hence of one
+    kind, and consecutive batches would differ in kind.
+    """
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left
-    present = 0  # bit r is set where with_room[r] has a bin
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by remaining room
+    present = 0  # bit r is set if with_room[r] has a bin
     for index, length in enumerate(lengths):
         fitting = present >> length
         if fitting:
@@ -46,9 +52,9 @@ def best_fit(lengths: Sequence[int], capacity: int, max_units: int) -> list[list
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a split, by number: what Grain reads at random. It is in memory whole: 4 bytes a token."""
+    """The rows of a split, for random access by Grain. All in memory: 4 bytes per token."""
 
-    units: list[list[np.ndarray]]  # each of one side or two, uint32 with SAID
+    units: list[list[np.ndarray]]  # one or two sides each, uint32 with SAID
     bins: list[list[int]]
     seq_len: int
     max_segments: int
@@ -60,27 +66,20 @@ class Rows:
         cls, source: Source, split: str, *, seq_len: int, max_segments: int, first_pair: int = 0
     ) -> "Rows":
         """Raises BadInput for a source that was prepared for longer rows."""
-        if source.manifest["max_tokens"] > seq_len:
-            was = source.manifest["max_tokens"]
+        if (max_tokens := source.manifest["max_tokens"]) > seq_len:
             raise BadInput(
-                f"{source.directory} was prepared for rows of {was} tokens: remove it and prepare it for {seq_len}"
+                f"{source.directory} was prepared for rows of {max_tokens} tokens: remove it and "
+                f"prepare it for {seq_len}"
             )
         pairs = source.manifest["kind"] == "preferences"
-        records = [
-            np.frombuffer(record, np.uint32)
-            for path in split_shards(source.directory, source.manifest, split)
-            for record in _read_all(path)
-        ]
-        records = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
-        units = [
-            [record[1 : 1 + record[0]], record[1 + record[0] :]] if pairs else [record]
-            for record in records
-        ]
-        bins = best_fit(
-            [sum(map(len, unit)) for unit in units],
-            seq_len,
-            max_segments // 2 if pairs else max_segments,
-        )
+        units = []
+        for path in split_shards(source.directory, source.manifest, split):
+            for record in _read_all(path):
+                ids = np.frombuffer(record, np.uint32)
+                units.append([ids[1 : 1 + ids[0]], ids[1 + ids[0] :]] if pairs else [ids])
+        units = [units[i] for i in np.random.default_rng(0).permutation(len(units))]
+        lengths = [sum(map(len, unit)) for unit in units]
+        bins = best_fit(lengths, seq_len, max_segments // 2 if pairs else max_segments)
         return cls(units, bins, seq_len, max_segments, pairs, first_pair)
 
     def __len__(self) -> int:
@@ -88,10 +87,9 @@ class Rows:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         T = self.seq_len
-        row = {
-            name: np.zeros(T, np.int32)
-            for name in ("tokens", "targets", "segment_ids", "positions")
-        } | {"loss_weights": np.zeros(T, np.float32)}
+        names = "tokens", "targets", "segment_ids", "positions"
+        row = {name: np.zeros(T, np.int32) for name in names}
+        row["loss_weights"] = np.zeros(T, np.float32)
         start = segment = 0
         for index in self.bins[number]:
             for side in self.units[index]:
@@ -107,39 +105,33 @@ class Rows:
         row["segment_ids"][start:] = min(segment + 1, self.max_segments)
         row["positions"][start:] = np.arange(T - start)
         if self.pairs:
+            numbers = np.array(self.bins[number], np.int32) + self.first_pair
             row["pairs"] = np.full(self.max_segments // 2, -1, np.int32)
-            row["pairs"][: len(self.bins[number])] = (
-                np.array(self.bins[number], np.int32) + self.first_pair
-            )
+            row["pairs"][: len(numbers)] = numbers
         return row
 
     @property
     def fill(self) -> float:
-        """The share of the rows' tokens that are not padding."""
-        return sum(len(side) for unit in self.units for side in unit) / max(
-            1, len(self) * self.seq_len
-        )
+        """The share of the rows' tokens that is not padding."""
+        tokens = sum(len(side) for unit in self.units for side in unit)
+        return tokens / max(1, len(self) * self.seq_len)
 
     def batches(self, batch_size: int, max_rows: float = math.inf) -> Iterator[Batch]:
-        """The first `max_rows` rows as whole batches, the last filled up with rows that weigh nothing."""
-        count = int(min(max_rows, len(self)))
-        for start in range(0, count, batch_size):
-            rows = [self[number] for number in range(start, min(start + batch_size, count))]
-            empty = {
-                name: np.full_like(array, -1 if name == "pairs" else 0)
-                for name, array in rows[0].items()
-            }
-            rows += [empty] * (batch_size - len(rows))
-            yield {name: np.stack([row[name] for row in rows]) for name in empty}
+        """The first `max_rows` rows as `whole_batches`."""
+        numbers = range(int(min(max_rows, len(self))))
+        return whole_batches(map(self.__getitem__, numbers), batch_size)
 
 
 def train_batches(
     rows: Mapping[str, Rows], weights: Mapping[str, float], *, batch_size: int, seed: int
 ):
-    """Endless global batches of the sources in `weights`, which are shares of rows. A grain.IterDataset: iterators have get_state and set_state."""
+    """Endless global batches of the sources in `weights`, which are shares of rows.
+
+    A grain.IterDataset: its iterators have get_state and set_state.
+    """
     shuffled = {
         name: grain.MapDataset.source(rows[name])
-        .seed(own_seed(seed, name))
+        .seed(source_seed(seed, name))
         .shuffle()
         .repeat()
         .to_iter_dataset(grain.ReadOptions(num_threads=1))

@@ -1,5 +1,8 @@
-"""What a fine-tuned model gets right of questions whose answers can be checked: reasoning-gym's, and tool calls, of the splits that it was not
-trained on (synthetic/reasoning.py, synthetic/tool_conversations.py). Greedy. Verdicts come batch by batch, the shortest prompts first.
+"""Accuracy of a fine-tuned model on questions whose answers can be checked.
+
+Questions of reasoning-gym, and tool calls, from splits that it was not trained on
+(synthetic/reasoning.py, synthetic/tool_conversations.py). Decoding is greedy. Verdicts come batch
+by batch, the shortest prompts first.
 """
 
 import collections
@@ -19,17 +22,20 @@ MAX_NEW_TOKENS = 200
 
 
 class Verdict(NamedTuple):
+    """`valid` is about calls: JSON, of an offered tool, with arguments that fit its schema.
+
+    It is None for other answers.
+    """
+
     kind: str  # a task of reasoning.TASKS, or a kind of tool conversation
     right: bool
-    valid: (
-        bool | None
-    )  # of a call: JSON, of an offered tool, with arguments of its schema; None of other answers
+    valid: bool | None
     question: str
     reply: Message
 
 
 def reasoning_questions(engine: Engine, count: int) -> Iterator[Verdict]:
-    """The first `count` questions of the test split; right as the task's own scoring says."""
+    """The first `count` questions of the test split, judged by each task's own scoring."""
     rows = [reasoning.conversations("test", index) for index in range(count)]
     prompts = [
         chat.encode_prompt((Message("user", row["question"]),), engine.tokenizer) for row in rows
@@ -37,18 +43,16 @@ def reasoning_questions(engine: Engine, count: int) -> Iterator[Verdict]:
     for index, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS):
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         right = completion.finish_reason == "stop" and reasoning.check("test", index, reply.content)
-        yield Verdict(
-            reasoning.TASKS[index % len(reasoning.TASKS)],
-            right,
-            None,
-            rows[index]["question"],
-            reply,
-        )
+        kind = reasoning.TASKS[index % len(reasoning.TASKS)]
+        yield Verdict(kind, right, None, rows[index]["question"], reply)
 
 
 def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
-    """The first call of `count` conversations of the test split in which one is due, up to which the conversation is given, made under the grammar
-    of the offered tools (`infer/grammar.tool_call`): right if name and arguments are the expected ones."""
+    """The first call in `count` conversations of the test split that have one.
+
+    The model gets the conversation up to the call, and the call is generated under the grammar of
+    the offered tools (`infer/grammar.tool_call`). Right if name and arguments are as expected.
+    """
     found, prompts, grammars = [], [], []
     index = 0
     while len(found) < count:
@@ -59,30 +63,24 @@ def tool_calls(engine: Engine, count: int) -> Iterator[Verdict]:
         conversation = parse_conversation(row, f"tools/test:{index}")
         calling = next(i for i, message in enumerate(conversation.messages) if message.tool_calls)
         found.append((row, conversation.messages[: calling + 1]))
-        prompts.append(
-            chat.encode_prompt(
-                conversation.messages[:calling], engine.tokenizer, conversation.tools
-            )
-        )
+        prefix = conversation.messages[:calling]
+        prompts.append(chat.encode_prompt(prefix, engine.tokenizer, conversation.tools))
         grammars.append(tool_call(conversation.tools))
-    for at, completion in engine.completions(
-        prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars
-    ):
+    completions = engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS, grammar=grammars)
+    for at, completion in completions:
         row, (*_, asked, expected) = found[at]
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
         valid = len(reply.tool_calls) == 1 and _fits(reply.tool_calls[0], row["tools"])
-        yield Verdict(
-            row["kind"],
-            valid and reply.tool_calls[0] == expected.tool_calls[0],
-            valid,
-            asked.content,
-            reply,
-        )
+        right = valid and reply.tool_calls[0] == expected.tool_calls[0]
+        yield Verdict(row["kind"], right, valid, asked.content, reply)
 
 
 def tool_turns(engine: Engine, count: int) -> Iterator[Verdict]:
-    """The assistant's first message in each of `count` conversations of the test split, without a grammar: right if its calls are the expected ones,
-    all of them, and if it makes none where none is due, as no tool fits or something is missing."""
+    """The assistant's first message in each of `count` conversations of the test split.
+
+    Without a grammar. Right if it makes exactly the expected calls; where no tool fits or something
+    is missing, that is none.
+    """
     rows = [tool_conversations.conversations("test", index) for index in range(count)]
     conversations = [
         parse_conversation(row, f"tools/test:{index + 1}") for index, row in enumerate(rows)
@@ -94,20 +92,14 @@ def tool_turns(engine: Engine, count: int) -> Iterator[Verdict]:
     for at, completion in engine.completions(prompts, max_new_tokens=MAX_NEW_TOKENS):
         asked, expected, *_ = conversations[at].messages
         reply = chat.parse_reply(completion.tokens, engine.tokenizer)
-        whole = completion.finish_reason == "stop" and list(completion.tokens).count(
-            engine.tokenizer.control_id(TOOL_CALL)
-        ) == len(reply.tool_calls)
-        yield Verdict(
-            rows[at]["kind"],
-            whole and reply.tool_calls == expected.tool_calls,
-            None,
-            asked.content,
-            reply,
-        )
+        tags = list(completion.tokens).count(engine.tokenizer.control_id(TOOL_CALL))
+        parsed = completion.finish_reason == "stop" and tags == len(reply.tool_calls)
+        right = parsed and reply.tool_calls == expected.tool_calls
+        yield Verdict(rows[at]["kind"], right, None, asked.content, reply)
 
 
 def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
-    """By kind, and over "all": how many, the share that is right with its standard error, and of calls the share that is valid."""
+    """By kind, and for "all": count, share right with its standard error, share of valid calls."""
     groups = collections.defaultdict(list)
     for verdict in verdicts:
         groups[verdict.kind].append(verdict)
@@ -126,6 +118,6 @@ def shares(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
 
 def _fits(call: ToolCall, tools: list[dict[str, Any]]) -> bool:
     schemas = {tool["name"]: tool["parameters"] for tool in tools}
-    return call.name in schemas and jsonschema.Draft202012Validator(schemas[call.name]).is_valid(
-        call.arguments
-    )
+    if call.name not in schemas:
+        return False
+    return jsonschema.Draft202012Validator(schemas[call.name]).is_valid(call.arguments)

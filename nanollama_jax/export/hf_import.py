@@ -19,7 +19,7 @@ from nanollama_jax.export.layout import finite, from_hf, hf_names, to_hf
 from nanollama_jax.export.tokenizer_json import import_chat_templates
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.model.llama import param_shapes
-from nanollama_jax.tokenizer import MOST_PIECES, Tokenizer
+from nanollama_jax.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 
 def read(folder: str | os.PathLike) -> Loaded:
@@ -111,7 +111,7 @@ def _model_of(config: dict[str, Any], folder: pathlib.Path) -> ModelConfig:
     d_model = _number(config, "hidden_size", folder, 1, 2**20)
     heads = _number(config, "num_attention_heads", folder, 1, 2**12)
     return ModelConfig(
-        vocab_size=_number(config, "vocab_size", folder, 1, MOST_PIECES),
+        vocab_size=_number(config, "vocab_size", folder, 1, MAX_VOCAB_SIZE),
         num_layers=_number(config, "num_hidden_layers", folder, 1, 1000),
         d_model=d_model,
         num_heads=heads,

@@ -1,7 +1,10 @@
-"""The compiled half of the engine: pure functions of parameters and state. `prefill` writes the beginning of each row into a preallocated cache,
-`decode` goes on from there on the device, `token_logprobs` scores whole rows. All take the model's parameters unrolled (`layers_0`, ...).
+"""The compiled half of the engine: pure functions of parameters and state.
+
+`prefill` writes prompts into a preallocated cache, `decode` generates from there on the device,
+`token_logprobs` scores whole rows. All take unrolled parameters (`layers_0`, ...).
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -14,39 +17,52 @@ from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.model.attention import KVCache
 
 NOT_FINITE = -2  # in place of a token
-HEAD_TOKENS = 1024  # whose logits exist at a time when scoring
+HEAD_TOKENS = 1024  # logits of so many tokens exist at a time when scoring
 
 
 class DecodeState(NamedTuple):
-    """All that decoding changes; one entry a row."""
+    """All that decoding changes, by row."""
 
-    caches: tuple[KVCache, ...]  # one a layer
+    caches: tuple[KVCache, ...]  # one per layer
     token_B: jax.Array  # the newest token, not yet in the cache
     position_B: jax.Array  # its position
     last_B: jax.Array  # the position at which the row ends at the latest
-    stream_B: jax.Array  # its stream of random numbers
+    stream_B: jax.Array  # the number of its random stream
     done_B: jax.Array
     seen_BV: jax.Array | None  # tokens that occurred, for the repetition penalty
+
+
+def for_inference(model: ModelConfig, platform: str) -> ModelConfig:
+    """The config to run `model` with on a platform ("gpu", "cpu").
+
+    Rows are padded on the right, so plain causal attention (flash on a GPU) is correct.
+    """
+    dtype, attention = ("bfloat16", "cudnn") if platform == "gpu" else ("float32", "xla")
+    return dataclasses.replace(
+        model,
+        dtype=dtype,
+        attention=attention,
+        document_mask=False,
+        remat="none",
+        scan_layers=False,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(
     params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig, slots: int
 ) -> tuple[KVCache, ...]:
-    """Caches of `slots` tokens a row that hold `tokens_BT` (T > 1, padded on the right: what padding wrote is never looked at)."""
+    """Caches of `slots` tokens per row that hold `tokens_BT`.
+
+    T > 1. Rows are padded on the right; the cache entries of padding are never read.
+    """
     B, _ = tokens_BT.shape
     empty = constrain(
         jnp.zeros((B, model.num_kv_heads, slots, model.head_dim), model.dtype),
         ("batch", "kv_heads", "length", "head_dim"),
     )
-    _, caches = forward(
-        params,
-        tokens_BT,
-        rope_theta,
-        model,
-        tuple(KVCache(empty, empty) for _ in range(model.num_layers)),
-    )
-    return caches
+    caches = tuple(KVCache(empty, empty) for _ in range(model.num_layers))
+    return forward(params, tokens_BT, rope_theta, model, caches)[1]
 
 
 @functools.partial(
@@ -65,20 +81,20 @@ def decode(
     switches: frozenset[str],
     pieces: int,
 ) -> tuple[jax.Array, DecodeState]:
-    """Up to `steps` new tokens a row, (B, steps) int32, -1 where a row had ended; stops early when all have. `allowed_BW` is a grammar's mask:
-    bit v % 32 of word v // 32 says whether token v may come (int32). `sampling` and `switches` are those of `Sampling`. Ids from `pieces`, the
-    tokenizer's size, on are never chosen. A row whose logits are not finite ends with NOT_FINITE."""
+    """Up to `steps` new tokens per row: (B, steps) int32, -1 after a row's end.
+
+    Stops early when all rows have ended. `allowed_BW` is a grammar's mask, int32: bit v % 32 of
+    word v // 32 allows token v. `sampling` and `switches` are `Sampling.values` and
+    `Sampling.switches`. Ids from `pieces` (the tokenizer's size) on are never chosen. A row whose
+    logits are not finite ends with NOT_FINITE.
+    """
     B = state.token_B.shape[0]
 
     def step(carry):
         i, out_BC, state = carry
+        tokens_B1, positions_B1 = state.token_B[:, None], state.position_B[:, None]
         hidden_B1D, caches = forward(
-            params,
-            state.token_B[:, None],
-            rope_theta,
-            model,
-            state.caches,
-            state.position_B[:, None],
+            params, tokens_B1, rope_theta, model, state.caches, positions_B1
         )
         logits_BV = head(params, hidden_B1D[:, 0])
         finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
@@ -86,30 +102,22 @@ def decode(
         if pieces < model.vocab_size:
             logits_BV = jnp.where(token_V < pieces, logits_BV, -jnp.inf)
         if allowed_BW is not None:
-            logits_BV = jnp.where(
-                (allowed_BW[:, token_V // 32] >> (token_V % 32)) & 1, logits_BV, -jnp.inf
-            )
-        seen_BV = (
-            None
-            if state.seen_BV is None
-            else state.seen_BV.at[jnp.arange(B), state.token_B].set(True)
-        )
+            allowed_BV = (allowed_BW[:, token_V // 32] >> (token_V % 32)) & 1
+            logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[jnp.arange(B), state.token_B].set(True)
         chosen_B = choose(logits_BV, seen_BV, state.stream_B, state.position_B, sampling, switches)
         chosen_B = jnp.where(finite_B, chosen_B, NOT_FINITE)
         token_B = jnp.where(state.done_B, state.token_B, chosen_B)
         position_B = jnp.where(state.done_B, state.position_B, state.position_B + 1)
         out_BC = out_BC.at[:, i].set(jnp.where(state.done_B, -1, token_B))
-        done_B = (
-            state.done_B
-            | (token_B[:, None] == stop_ids).any(axis=1)
-            | (position_B >= state.last_B)
-            | ~finite_B
+        stopped_B = (token_B[:, None] == stop_ids).any(axis=1)
+        done_B = state.done_B | stopped_B | (position_B >= state.last_B) | ~finite_B
+        state = DecodeState(
+            caches, token_B, position_B, state.last_B, state.stream_B, done_B, seen_BV
         )
-        return (
-            i + 1,
-            out_BC,
-            DecodeState(caches, token_B, position_B, state.last_B, state.stream_B, done_B, seen_BV),
-        )
+        return i + 1, out_BC, state
 
     def unfinished(carry):
         i, _, state = carry
@@ -124,12 +132,15 @@ def decode(
 def token_logprobs(
     params: Any, tokens_BT: jax.Array, rope_theta: jax.Array, *, model: ModelConfig
 ) -> jax.Array:
-    """Natural-log probability of each token, given those before it in its row: (B, T) float32, 0 for the first."""
+    """Natural-log probability of each token, given those before it in its row.
+
+    (B, T) float32, 0 for the first token.
+    """
     B, T = tokens_BT.shape
     hidden_BTD = forward(params, tokens_BT, rope_theta, model)
     C = min(T, 1 << max(1, HEAD_TOKENS // B).bit_length() - 1)  # a power of two, as T is
 
-    def of_chunk(hidden_and_targets):
+    def score_chunk(hidden_and_targets):
         hidden_BCD, targets_BC = hidden_and_targets
         logits_BCV = head(params, hidden_BCD)
         at_target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
@@ -139,9 +150,8 @@ def token_logprobs(
         return x_BT.reshape(B, T // C, C, *x_BT.shape[2:]).swapaxes(0, 1)
 
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    logprobs_BT = (
-        jax.lax.map(of_chunk, (chunks(hidden_BTD), chunks(targets_BT))).swapaxes(0, 1).reshape(B, T)
-    )
+    logprobs_NBC = jax.lax.map(score_chunk, (chunks(hidden_BTD), chunks(targets_BT)))
+    logprobs_BT = logprobs_NBC.swapaxes(0, 1).reshape(B, T)
     return jnp.roll(logprobs_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
@@ -154,10 +164,13 @@ def logits(
 
 
 def forward(params, tokens_BT, rope_theta, model, caches=None, positions_BT=None):
+    """Hidden states of rows that each start at position 0, or are at `positions_BT` of a cache."""
     B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions_BT is None else positions_BT
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    one_document_BT = jnp.ones((B, T), jnp.int32)
     return Llama(model).apply(
-        {"params": params}, tokens_BT, positions_BT, jnp.ones((B, T), jnp.int32), rope_theta, caches
+        {"params": params}, tokens_BT, positions_BT, one_document_BT, rope_theta, caches
     )
 
 

@@ -1,6 +1,7 @@
-"""What a constrained generation may say: a JSON schema, a regex, a Lark grammar or a call of one of a set of tools, in llguidance's terms.
+"""What a constrained generation may contain, in llguidance's terms.
 
-JSON is written as `json.dumps` writes it: ", " and ": ", no other whitespace. `constraint.py` enforces it.
+A JSON schema, a regex, a Lark grammar, or a call of one of a set of tools. JSON is formatted like
+`json.dumps`: ", " and ": ", no other whitespace. `constraint.py` enforces it.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from nanollama_jax.tokenizer import TOOL_CALL
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _COMBINED = ("allOf", "anyOf", "oneOf")
-# Berkeley Function Calling Leaderboard's names of types are Python's and JSON Schema's mixed.
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+# Type names of the Berkeley Function Calling Leaderboard mix Python's and JSON Schema's
 _JSON_TYPES = {
     "dict": "object",
     "float": "number",
@@ -27,9 +29,9 @@ _JSON_TYPES = {
     "str": "string",
     "bool": "boolean",
 }
-# What llguidance says of a schema without its keyword -> the same with it.
+# llguidance's error, which does not name the keyword -> ours, which does
 _UNENFORCEABLE = {
-    "oneOf constraints": "`oneOf` has branches that overlap, where `anyOf` could be enforced",
+    "oneOf constraints": "`oneOf` has overlapping branches: use `anyOf`, which can be enforced",
     "Failed to generate regex for": "`minimum` or `maximum` is too large to enforce (2^63)",
     "(?s:.{": "`minLength` or `maxLength` is too large to enforce",
     "regex parse error": "`pattern` is not a regex that can be enforced",
@@ -38,22 +40,21 @@ _UNENFORCEABLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """What llguidance reads, its JSON list of grammars or Lark. Made by the four functions below, checked by `Grammars.compile`."""
+    """llguidance's source: a JSON list of grammars, or Lark.
+
+    Made by the four functions below, checked by `Grammars.compile`.
+    """
 
     source: str
     json: bool  # at least in part
-    words: Sequence[str] = dataclasses.field(
-        default=(), compare=False
-    )  # literal text in it, some of which may be what ends a text
-    opening: str = (
-        ""  # a special token in `source`, left out where the vocabulary has no such piece
-    )
+    words: Sequence[str] = dataclasses.field(default=(), compare=False)  # literals that may end it
+    opening: str = ""  # a special token in `source`, removed if the vocabulary does not have it
 
 
 def json_schema(schema: dict[str, Any] | str) -> Grammar:
     """Values of a JSON schema, properties in its order.
 
-    Raises `BadInput` for a keyword that cannot be enforced; none is ignored.
+    Raises BadInput for a keyword that cannot be enforced; none is ignored.
     """
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
@@ -62,38 +63,45 @@ def json_schema(schema: dict[str, Any] | str) -> Grammar:
         text = json.dumps(parsed)
         source = _enforceable(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"JSON schema: {gist(str(error))}: give an object of JSON") from error
+        raise BadInput(f"JSON schema: {gist(str(error))}: give a JSON object") from error
     except BadInput as error:
         raise BadInput(f"JSON schema: {error}") from error
     return Grammar(source, json=True, words=_pattern_literals(text))
 
 
 def regex(pattern: str) -> Grammar:
-    """Texts that `pattern` matches whole, in the syntax of Rust's regex crate: no look-around, no back-references."""
+    """Texts that `pattern` matches in full, in the syntax of Rust's regex crate.
+
+    It has no look-around and no back-references.
+    """
     source = LLMatcher.grammar_from_regex(_utf8(pattern))
     return Grammar(source, json=False, words=_literals(pattern))
 
 
 def lark(text: str) -> Grammar:
-    """Texts of a context-free grammar in llguidance's kind of Lark; in a rule, <|name|> is that special token and %json {...} a JSON schema."""
+    """Texts of a context-free grammar in llguidance's Lark dialect.
+
+    In a rule, <|name|> is that special token and %json {...} a JSON schema.
+    """
     if re.search(r'stop\s*=\s*""', text):
         raise BadInput(
-            'grammar: stop="" would take the end token in the midst of a text: use suffix= or lazy'
+            'grammar: stop="" would take the end token in the middle of a text: use suffix= or lazy'
         )
     quoted = re.findall(r'"((?:[^"\\\n]|\\.)+)"', text)
     regexes = re.findall(r"/((?:[^/\\\n]|\\.)+)/", text)
-    words = [word.replace("\\n", "\n").replace('\\"', '"') for word in quoted] + [
-        word for pattern in regexes for word in _literals(pattern)
-    ]
+    words = [word.replace("\\n", "\n").replace('\\"', '"') for word in quoted]
+    words += [word for pattern in regexes for word in _literals(pattern)]
     return Grammar(LLMatcher.grammar_from_lark(_utf8(text)), json="%json" in text, words=words)
 
 
 def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
-    """One call, `<|tool_call|>{"name": "...", "arguments": {...}}`, of one of `tools`, with arguments that fit its parameters and no others.
+    """One call, `<|tool_call|>{"name": "...", "arguments": {...}}`, of one of `tools`.
 
-    Tools are OpenAI's or BFCL's: {"name", "description", "parameters": schema}, bare or as {"type": "function", "function": {...}}.
-    A vocabulary without the control piece `<|tool_call|>` (a base model's) begins with the JSON. Raises `BadInput` for a tool without a name,
-    two of one name, or parameters that are no schema.
+    The arguments fit the tool's parameters and include no others. Tools are OpenAI's or BFCL's:
+    {"name", "description", "parameters": schema}, bare or as {"type": "function", "function":
+    {...}}. With a vocabulary without the control piece `<|tool_call|>` (a base model's) the text
+    starts with the JSON. Raises BadInput for a tool without a name, two of one name, or parameters
+    that are not a schema.
     """
     calls = []
     for number, tool in enumerate(parse_tools(list(tools))):
@@ -128,8 +136,8 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
 
 
 def _enforceable(schema: str) -> str:
-    """The grammar of a JSON schema's text. Raises `BadInput` that names what cannot be enforced."""
-    # llguidance limits the depth of a string, not of a dict; overrides win over "x-guidance".
+    """The grammar of a JSON schema's text. Raises BadInput that names what cannot be enforced."""
+    # As a string: llguidance limits its depth, unlike a dict's. Overrides win over "x-guidance"
     source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE)
     if problem := LLMatcher.validate_grammar(source):
         named = next((words for found, words in _UNENFORCEABLE.items() if found in problem), "")
@@ -140,11 +148,11 @@ def _enforceable(schema: str) -> str:
 
 
 def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
-    """`schema` with BFCL's types as JSON Schema's and "#" references moved to `root`.
+    """`schema` with BFCL's types mapped to JSON Schema's and "#" references moved to `root`.
 
     Objects that list their properties are closed (`additionalProperties` false) unless they say
-    otherwise; one that shares its properties with its allOf, anyOf or oneOf is closed to the names
-    that any of them lists.
+    otherwise. An object that shares its properties with its allOf, anyOf or oneOf is closed to the
+    names that any of them lists.
     """
     if isinstance(schema, list):
         return [_json_types(each, root, closed) for each in schema]
@@ -154,18 +162,14 @@ def _json_types(schema: Any, root: str, closed: bool = True) -> Any:
     shared = bool(schema.get("properties")) or (isinstance(all_of, list) and len(all_of) > 1)
     mapped = {}
     for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(
-            value, dict
-        ):
+        if key in _NAMED_SCHEMAS and isinstance(value, dict):
             mapped[key] = {name: _json_types(each, root) for name, each in value.items()}
         elif key in _COMBINED:
             mapped[key] = _json_types(value, root, closed and not shared)
+        elif key in ("enum", "const", "default", "examples"):  # values, not schemas
+            mapped[key] = value
         else:
-            mapped[key] = (
-                value
-                if key in ("enum", "const", "default", "examples")
-                else _json_types(value, root)
-            )  # those are no schemas
+            mapped[key] = _json_types(value, root)
     types = mapped.get("type")
     if types == "any":
         del mapped["type"]
@@ -202,7 +206,7 @@ def _property_names(schema: Any) -> list[str] | None:
 
 
 def _literals(pattern: str) -> list[str]:
-    """Stretches of a regex that stand for themselves."""
+    """The parts of a regex that stand for themselves."""
     found = re.findall(
         r"(?<=\\)\W|(?<=\[)\W(?=\])|[^\s\\|*+?()\[\]{}^$.]+", re.sub(r"\\[A-Za-z]", " ", pattern)
     )
@@ -218,7 +222,7 @@ def _utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadInput(f"grammar: it is not Unicode text: {error.reason}") from error
+        raise BadInput(f"grammar: this is not Unicode text: {error.reason}") from error
     return text
 
 

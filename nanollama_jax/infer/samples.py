@@ -1,4 +1,4 @@
-"""What a fine-tuned model says, shown to people: thoughts, words and calls apart."""
+"""A fine-tuned model's replies in readable form: thoughts, words and calls apart."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,23 +13,26 @@ from nanollama_jax.tokenizer import Tokenizer
 def encode(
     prompts: Sequence[str], tokenizer: Tokenizer, context_length: int
 ) -> dict[str, list[int]]:
-    """prompt -> ids, asked by a user in a conversation of its own. Raises BadInput for one that leaves no room for an answer."""
+    """prompt -> ids, each as a user's message in a conversation of its own.
+
+    Raises BadInput for a prompt that leaves no room for a reply.
+    """
     encoded = {
         prompt: chat.encode_prompt([Message("user", prompt)], tokenizer) for prompt in prompts
     }
     for prompt, ids in encoded.items():
         if len(ids) >= context_length:
             raise BadInput(
-                f"samples.prompts: {prompt[:40]!r}... has {len(ids)} tokens, and the context is of {context_length}: shorten it"
+                f"samples.prompts: {prompt[:40]!r}... has {len(ids)} tokens, and the context has "
+                f"{context_length}: shorten it"
             )
     return encoded
 
 
 def lines(engine: Engine, prompts: dict[str, list[int]], max_new_tokens: int) -> Iterator[str]:
     """The greedy reply to each prompt of `encode`, escaped, for a log."""
-    for prompt, completion in zip(
-        prompts, engine.generate(list(prompts.values()), max_new_tokens=max_new_tokens), strict=True
-    ):
+    completions = engine.generate(list(prompts.values()), max_new_tokens=max_new_tokens)
+    for prompt, completion in zip(prompts, completions, strict=True):
         yield f"asked: {prompt!r}"
         for what, text in parts(chat.parse_reply(completion.tokens, engine.tokenizer)):
             yield f"{what}: {text!r}"
@@ -38,7 +41,10 @@ def lines(engine: Engine, prompts: dict[str, list[int]], max_new_tokens: int) ->
 
 
 def parts(message: Message) -> Iterator[tuple[str, str]]:
-    """What an assistant's message is made of: ("thinks", text), ("says", text), and ("calls", NAME(JSON)) for each call."""
+    """The parts of an assistant's message.
+
+    ("thinks", text), ("says", text), and ("calls", NAME(JSON)) for each call.
+    """
     if message.thought:
         yield "thinks", message.thought
     if message.content or not message.tool_calls:

@@ -1,10 +1,15 @@
-"""Causal attention by cuDNN's flash kernels (16 bits): over whole rows (Ampere and later), or within documents, by its packed layout (Hopper and
-later), which jax has only behind its public function.
+"""Causal attention by cuDNN's flash kernels (16 bits).
 
-Packed, cuDNN takes, for the documents of all rows one after the other, where each begins and how long it is, and never looks across. It is called
-through the primitives under `jax.nn.dot_product_attention`, for these reasons. What remat is to keep, output and statistics, can be named. The
-layout is made once a step instead of in each layer; made here, it is right for grouped key/value heads in every jax (before 0.11.2 jax's own is
-silently wrong for them). And the softmax statistics, which cuDNN gives as (documents, N, T), nearly all empty, are kept as (B, T, N).
+Over whole rows (Ampere and later), or within documents through cuDNN's packed layout (Hopper and
+later): cuDNN takes the start and length of every document of all rows, laid end to end, and never
+looks across documents. It is called through the primitives under `jax.nn.dot_product_attention`,
+because only these
+
+- let remat policies name what is kept (output and statistics);
+- let the layout be made once per step instead of in each layer. Made here, it is also right for
+  grouped key/value heads in every jax version; before 0.11.2 jax's own is silently wrong for them;
+- return the softmax statistics. cuDNN gives them as (documents, N, T), nearly all empty; they are
+  kept as (B, T, N).
 """
 
 from typing import NamedTuple
@@ -18,49 +23,52 @@ from nanollama_jax.sharding import on_each_batch_shard
 
 
 class Packing(NamedTuple):
-    """The documents of a device's rows, numbered on from row to row; there is room for Z = B * M of them, and the last may be empty."""
+    """The documents of one device's rows, numbered consecutively across rows.
 
-    lengths_BM: jax.Array  # int32 (B, M): Z lengths, tokens; 0 where there is no document
-    starts_BM1: jax.Array  # int32 (B, M + 1): Z starts, tokens from the device's first; B * T where there is no document
+    There is room for Z = B * M documents; the last ones may be empty.
+    """
+
+    lengths_BM: jax.Array  # int32 (B, M): Z lengths in tokens; 0 where there is no document
+    starts_BM1: jax.Array  # int32 (B, M + 1): Z starts, from the first token; B * T if unused
     document_BT: jax.Array  # int32: which of the Z documents a token belongs to
-    position_BT: jax.Array  # int32: its position in that document
+    position_BT: jax.Array  # int32: the token's position in that document
 
 
 def pack(segment_ids_BT: jax.Array, documents_per_row: int) -> tuple[Packing, jax.Array]:
-    """The packing of rows whose segments are contiguous, made by each device for its own rows, and how many documents found no room (B, int32).
+    """The packing of rows with contiguous segments, and the documents merged per row (B, int32).
 
-    Each device has room for B * `documents_per_row` documents of its B rows (M in the shapes; at least 2: with one, cuDNN's layout is another).
-    Where they are more, the rows with the most documents have their last ones taken for one, so that a row of M or fewer always keeps its own.
-    The room is not made large to be safe: cuDNN's backward pass takes room * T * N * H float32 for its work (0.54 GB * M for 65,536 tokens of the
-    1B model). Every token is in a document, padding too: what cuDNN leaves out is undefined. Must be traced inside `sharding.use_mesh`.
+    Each device packs its own B rows and has room for B * M documents, where M is
+    `documents_per_row`, but at least 2 (with 1, cuDNN uses another layout). If there are more, the
+    last documents of the rows with the most are merged into one, so a row with at most M documents
+    always keeps its own. More room than needed is costly: cuDNN's backward pass takes a workspace
+    of room * T * N * H float32 (0.54 GB * M for 65,536 tokens of the 1B model). Every token belongs
+    to a document, padding too: cuDNN leaves what it skips undefined. Trace inside
+    `sharding.use_mesh`.
     """
 
     def local(segment_ids_BT):
         B, T = segment_ids_BT.shape
         M = max(2, documents_per_row)
-        begins_BT = jnp.pad(
+        starts_document_BT = jnp.pad(
             segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
         )
-        in_row_BT = jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32) - 1
+        in_row_BT = jnp.cumsum(starts_document_BT, axis=1, dtype=jnp.int32) - 1
         found_B = in_row_BT[:, -1] + 1
         limit_Z = jnp.arange(1, B * M + 1)
         fits_Z = jnp.minimum(found_B[:, None], limit_Z).sum(axis=0) <= B * M
         limit = jnp.max(jnp.where(fits_Z, limit_Z, 1))
         kept_B = jnp.minimum(found_B, limit)
-        document_BT = jnp.minimum(in_row_BT, limit - 1) + (jnp.cumsum(kept_B) - kept_B)[
-            :, None
-        ].astype(jnp.int32)
+        first_B = (jnp.cumsum(kept_B) - kept_B).astype(jnp.int32)
+        document_BT = jnp.minimum(in_row_BT, limit - 1) + first_B[:, None]
         lengths_Z = jnp.zeros(B * M, jnp.int32).at[document_BT.reshape(-1)].add(1)
         starts_Z = jnp.cumsum(lengths_Z) - lengths_Z  # after the last: B * T
-        starts_BM1 = (
-            jnp.pad(starts_Z, (0, B), constant_values=B * T).reshape(B, M + 1).astype(jnp.int32)
-        )
+        starts_Z1 = jnp.pad(starts_Z, (0, B), constant_values=B * T)
+        starts_BM1 = starts_Z1.reshape(B, M + 1).astype(jnp.int32)
         position_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) - starts_Z[document_BT]
         return lengths_Z.reshape(B, M), starts_BM1, document_BT, position_BT, found_B - kept_B
 
-    *packing, merged_B = on_each_batch_shard(local, split_args=(True,), outputs=("rows",) * 5)(
-        segment_ids_BT
-    )
+    run = on_each_batch_shard(local, split_args=(True,), outputs=("rows",) * 5)
+    *packing, merged_B = run(segment_ids_BT)
     return Packing(*packing), merged_B
 
 
@@ -68,22 +76,23 @@ def pack(segment_ids_BT: jax.Array, documents_per_row: int) -> tuple[Packing, ja
 def flash_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, packing: Packing | None
 ) -> jax.Array:
-    """Attention output (B, T, N, H), bfloat16 like its inputs; without a packing each row is one document. Output and statistics carry the name
-    "attention" for remat policies. Must be traced inside `sharding.use_mesh`."""
+    """Attention output (B, T, N, H), in the inputs' dtype; without a packing a row is one document.
+
+    Output and statistics are named "attention" for remat. Trace inside `sharding.use_mesh`.
+    """
     return _forward(q_BTNH, k_BTKH, v_BTKH, packing)[0]
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, packing):
     def local(q_BTNH, k_BTKH, v_BTKH, packing):
         out_BTNH, stats = cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing)
-        return out_BTNH, stats if packing is None else stats[
-            packing.document_BT, :, packing.position_BT
-        ]
+        if packing is not None:
+            stats = stats[packing.document_BT, :, packing.position_BT]
+        return out_BTNH, stats
 
-    out_BTNH, stats = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)(
-        q_BTNH, k_BTKH, v_BTKH, packing
-    )
-    # Named here, in the rule: a name put on the result outside does not keep the kernel from running again
+    run = on_each_batch_shard(local, split_args=(True,) * 4, outputs=("rows",) * 2)
+    out_BTNH, stats = run(q_BTNH, k_BTKH, v_BTKH, packing)
+    # Named inside the rule: a name on the result outside would not keep the kernel from rerunning
     out_BTNH, stats = checkpoint_name(out_BTNH, "attention"), checkpoint_name(stats, "attention")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats)
 
@@ -92,15 +101,12 @@ def _backward(residuals, d_out_BTNH):
     def local(q_BTNH, k_BTKH, v_BTKH, packing, out_BTNH, stats, d_out_BTNH):
         if packing is not None:
             B, T, N = stats.shape
-            lengths_Z, starts_Z = (
-                packing.lengths_BM.reshape(-1),
-                packing.starts_BM1.reshape(-1)[: packing.lengths_BM.size],
-            )
+            lengths_Z = packing.lengths_BM.reshape(-1)
+            starts_Z = packing.starts_BM1.reshape(-1)[: lengths_Z.size]
             position_T = jnp.arange(T)
             token_ZT = jnp.minimum(starts_Z[:, None] + position_T, B * T - 1)
-            stats_ZTN = jnp.where(
-                (position_T < lengths_Z[:, None])[..., None], stats.reshape(B * T, N)[token_ZT], 0.0
-            )
+            inside_ZT = position_T < lengths_Z[:, None]
+            stats_ZTN = jnp.where(inside_ZT[..., None], stats.reshape(B * T, N)[token_ZT], 0.0)
             stats = stats_ZTN.swapaxes(1, 2)
         return cudnn_backward(q_BTNH, k_BTKH, v_BTKH, packing, stats, out_BTNH, d_out_BTNH)
 
@@ -112,8 +118,11 @@ flash_attention.defvjp(_forward, _backward)
 
 
 def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.Array, jax.Array]:
-    """Output (B, T, N, H), and float32 statistics, log-sum-exp of the scaled scores: (B, N, T), or by document and position in it, (Z, N, T),
-    undefined beyond a document's end. Of one device."""
+    """On one device: the output (B, T, N, H) and float32 statistics.
+
+    The statistics are the log-sum-exp of the scaled scores: (B, N, T), or with a packing (Z, N, T)
+    by document and position in it, undefined beyond a document's end.
+    """
     operands, options = _operands(q_BTNH, k_BTKH, v_BTKH, packing), _options(q_BTNH, packing)
     return tuple(cudnn._dot_product_attention_fwd_p.bind(*operands, **options, is_training=True))
 
@@ -121,31 +130,22 @@ def cudnn_forward(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.
 def cudnn_backward(
     q_BTNH, k_BTKH, v_BTKH, packing: Packing | None, stats, out_BTNH, d_out_BTNH
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of queries, keys and values. Of one device."""
+    """On one device: the gradients of queries, keys and values."""
     operands = (*_operands(q_BTNH, k_BTKH, v_BTKH, packing), stats, out_BTNH, d_out_BTNH)
     return tuple(cudnn._dot_product_attention_bwd_p.bind(*operands, **_options(q_BTNH, packing)))
 
 
 def _operands(q_BTNH, k_BTKH, v_BTKH, packing: Packing | None) -> tuple[jax.Array, ...]:
-    def elements(x_BTNH):
-        """Offsets count elements. At most 2^31: a million tokens of 2,048 a device."""
+    def element_offsets(x_BTNH):
+        """At most 2^31: a million tokens of 2,048 elements per device."""
         return packing.starts_BM1 * (x_BTNH.shape[2] * x_BTNH.shape[3])
 
     absent = jnp.zeros(0, q_BTNH.dtype)  # no bias, no page tables
     if packing is None:
         return q_BTNH, k_BTKH, v_BTKH, *[absent] * 7
-    return (
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        absent,
-        packing.lengths_BM,
-        packing.lengths_BM,
-        elements(q_BTNH),
-        elements(k_BTKH),
-        absent,
-        absent,
-    )
+    lengths = [packing.lengths_BM] * 2
+    offsets = element_offsets(q_BTNH), element_offsets(k_BTKH)
+    return q_BTNH, k_BTKH, v_BTKH, absent, *lengths, *offsets, absent, absent
 
 
 def _options(q_BTNH, packing: Packing | None) -> dict:

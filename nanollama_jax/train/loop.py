@@ -194,7 +194,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
             with contextlib.closing(checkpoint.Checkpoints(origin, read_only=True)) as other:
                 state, data = other.restore(origin_step, shapes, shardings)
             read_before = data["positions"]
-            position, anew = pipeline.begin_at(
+            position, anew = pipeline.resume_at(
                 batches.get_state(), read_before, feed.sources, config.seed
             )
             batches.set_state(position)

@@ -1,4 +1,7 @@
-"""Epochs and row statistics agree with figures worked out by hand, the mix is the one asked for, and long documents stay whole."""
+"""Epochs and row statistics agree with figures computed by hand, and the mix is as asked for.
+
+Long documents stay whole.
+"""
 
 import io
 import json
@@ -38,7 +41,10 @@ DECONTAMINATION = {
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Prepared sources in alphabets of their own, without a validation split; their tokenizer; the ids of each of their texts."""
+    """Prepared sources in separate alphabets, without a validation split.
+
+    Their tokenizer, and the ids of each of their texts.
+    """
     root, rng = tmp_path_factory.mktemp("mix"), np.random.default_rng(0)
     lengths = {
         "docs": [150] * 60,
@@ -123,12 +129,12 @@ def test_row_statistics_by_hand():
         1,
         3,
     ]
-    assert (found.merged, found.begun, found.cut) == (
+    assert (found.merged, found.started, found.cut) == (
         1,
         5,
         2,
     )  # the last of 3 documents in 2 segments; those of 4 and of 18 are cut
-    assert found.learnt == pytest.approx(27 / 32)  # all but five EOS
+    assert found.learned == pytest.approx(27 / 32)  # all but five EOS
     assert mix.context_bins(8) == [1, 2, 4, 8] and found.context_histogram(8) == pytest.approx(
         [0, 0, 1 / 4, 3 / 4]
     )
@@ -282,7 +288,10 @@ def test_sample_rows_show_boundaries_without_colour_and_no_control_characters(co
 
 @pytest.fixture(scope="module")
 def runs(corpora, tmp_path_factory):
-    """The tool's runs, side by side: most of their time is imports. Name -> finished process, and the folder of pictures."""
+    """The tool's runs, side by side, since most of their time is imports.
+
+    Name -> finished process, and the folder of pictures.
+    """
     out = tmp_path_factory.mktemp("pictures")
     where = [
         f"--config.data.dir={corpora[0]}",
@@ -344,8 +353,8 @@ def test_a_phase_is_reported(corpora, width):
         cells = [
             name,
             str(len(rows[name].pieces)),
-            f"{rows[name].learnt:.2%}",
-            f"{rows[name].begun:,}",
+            f"{rows[name].learned:.2%}",
+            f"{rows[name].started:,}",
         ]
         assert re.search(" +".join(map(re.escape, cells)), shown), shown
     assert (
@@ -463,7 +472,7 @@ def test_bad_input_ends_in_one_line(corpora, runs, tmp_path):
     for overrides, message in (
         ({"data": {"dir": str(tmp_path)}}, "is not prepared"),
         ({"data": {"sources": {"docs": 0.0}}}, "must be above 0"),
-        ({"data": {"max_segments": 0}}, "none may be below 1"),
+        ({"data": {"max_segments": 0}}, "each must be at least 1"),
         ({"end_step": 422}, "has 0 rows"),
     ):
         with pytest.raises(BadInput, match=message):

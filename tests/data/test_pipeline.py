@@ -1,4 +1,4 @@
-"""Packing loses and doubles nothing, batches follow their contract, and an iterator goes on exactly where it was."""
+"""Packing loses and doubles nothing, batches follow their contract, iterators resume exactly."""
 
 import json
 
@@ -46,10 +46,10 @@ def test_no_token_is_lost_or_doubled_and_no_target_crosses_documents(
     flat = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.testing.assert_array_equal(flat["tokens"][: len(stream)], stream)
     assert len(flat["tokens"]) - len(stream) < seq_len and not flat["tokens"][len(stream) :].any()
-    # every token but BOS is a learnt target exactly once, that of the token before it
-    learnt = flat["loss_weights"] == 1
-    np.testing.assert_array_equal(flat["targets"][learnt], stream[stream != BOS])
-    np.testing.assert_array_equal(np.flatnonzero(learnt), np.flatnonzero(stream != EOS))
+    # every token but BOS is a learned target exactly once, that of the token before it
+    learned = flat["loss_weights"] == 1
+    np.testing.assert_array_equal(flat["targets"][learned], stream[stream != BOS])
+    np.testing.assert_array_equal(np.flatnonzero(learned), np.flatnonzero(stream != EOS))
     assert set(flat["loss_weights"]) <= {0.0, 1.0}
     merged = 0
     for row in rows:
@@ -103,7 +103,10 @@ def assert_same(batches, others):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Two prepared sources, of many short and of few long documents, in alphabets of their own; and their tokenizer."""
+    """Two prepared sources in separate alphabets, of many short and of few long documents.
+
+    And their tokenizer.
+    """
     root = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for name, alphabet, lengths in (
@@ -249,7 +252,7 @@ def test_a_position_of_another_corpus_is_refused(corpus):
     batches = iter(batches_of(corpus, {"short": 1.0}))
     state = batches.get_state()
     state["parents"]["short"]["parent_window_start_state"]["used"] = 10**6
-    with pytest.raises(BadInput, match="prepared anew"):
+    with pytest.raises(BadInput, match="which was prepared again"):
         batches.set_state(state)
     batches.close()
 

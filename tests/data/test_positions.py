@@ -1,4 +1,7 @@
-"""Stages of a curriculum go on in each source where the last one stopped, whatever their weights, row lengths and other sources."""
+"""Stages of a curriculum resume each source where the previous stage stopped.
+
+Whatever their weights, row lengths and other sources.
+"""
 
 import json
 
@@ -60,10 +63,10 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
                 sources, weights, tokenizer, batch_size=1, seq_len=seq_len, max_segments=64, seed=0
             )
         )
-        state, anew = pipeline.begin_at(
+        state, restarted = pipeline.resume_at(
             batches.get_state(), json.loads(json.dumps(read_before)), sources, seed=0
         )  # as a checkpoint keeps it
-        assert not anew
+        assert not restarted
         batches.set_state(state)
         for _ in range(rows):
             tokens = next(batches)["tokens"][0]
@@ -80,7 +83,7 @@ def test_changed_weights_lose_no_position_in_any_source(corpora, monkeypatch):
         assert covered[name][:stands_at].min() >= 1  # nothing was skipped
         longest_window = 8 * 128 + max(np.diff(starts))
         assert not covered[name][stands_at + longest_window :].any()
-        # And little is read again: what a stage had begun of a window when it ended.
+        # And little is read again: the part of its last window that a stage had read.
         assert np.sum(covered[name] > 1) < (len(STAGES) - 1) * longest_window
 
 
@@ -105,7 +108,7 @@ def test_a_stage_of_few_rows_still_moves_on(corpora):
                 windows=pipeline.shuffle_windows(weights, seq_len, rows),
             )
         )
-        batches.set_state(pipeline.begin_at(batches.get_state(), read_before, sources, seed=0)[0])
+        batches.set_state(pipeline.resume_at(batches.get_state(), read_before, sources, seed=0)[0])
         tokens += [next(batches)["tokens"][0] for _ in range(rows)]
         read_before |= pipeline.positions(batches.get_state(), sources, seed=0)
         batches.close()
@@ -118,7 +121,8 @@ def test_a_stage_of_few_rows_still_moves_on(corpora):
                 covered[at : at + len(row)] += 1
         stands_at = starts[read_before[name]["at"]["parent"]["next_index"]]
         assert covered[:stands_at].min() >= 1
-        # At a stage's end a row or two are of the window that is begun again, and so is the document that it begins in.
+        # At a stage's end, a row or two are of the window that restarts, and so is the document
+        # that it starts in.
         assert np.sum(covered > 1) < 3 * (3 * 128 + max(np.diff(starts))) < 0.3 * covered.sum()
 
 
@@ -141,10 +145,10 @@ def test_positions_in_another_order_are_not_used(corpora):
         next(batches)
     state, fresh = batches.get_state(), pipeline.positions(batches.get_state(), sources, seed=0)
     batches.close()
-    assert pipeline.begin_at(state, fresh, sources, seed=1)[1] == ["a", "b"]
+    assert pipeline.resume_at(state, fresh, sources, seed=1)[1] == ["a", "b"]
     other = fresh | {"b": fresh["b"] | {"corpus": "another"}}
-    assert pipeline.begin_at(state, other, sources, seed=0)[1] == ["b"]
-    assert pipeline.begin_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
+    assert pipeline.resume_at(state, other, sources, seed=0)[1] == ["b"]
+    assert pipeline.resume_at(state, {"c": fresh["a"]}, sources, seed=0) == (state, [])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,7 @@ def stream_of(source, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The first epoch's documents end to end, and where each starts."""
     documents = (
         pipeline._documents(source, "train", tokenizer)
-        .seed(pipeline.own_seed(0, source.name))
+        .seed(pipeline.source_seed(0, source.name))
         .shuffle()
     )
     arrays = [documents[i] for i in range(len(documents))]

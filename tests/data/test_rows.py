@@ -1,4 +1,7 @@
-"""Packing whole conversations and pairs: nothing is lost, doubled or split, rows follow their contract, and the stream goes on where it was."""
+"""Packing whole conversations and pairs.
+
+Nothing is lost, doubled or split, rows follow their contract, and the stream resumes exactly.
+"""
 
 import json
 import math
@@ -17,7 +20,7 @@ SIDE = st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=2, max_si
 
 
 def as_side(tokens: list[tuple[int, bool]]) -> np.ndarray:
-    return np.array([token | (int(SAID) if learnt else 0) for token, learnt in tokens], np.uint32)
+    return np.array([token | (int(SAID) if learned else 0) for token, learned in tokens], np.uint32)
 
 
 def rows_of(
@@ -39,7 +42,7 @@ def rows_of(
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_best_fit_is_best_fit(data):
-    """By a replay: each is where the least room was left that had room for it, and in a new bin only if there was none."""
+    """By a replay: each unit is in the fullest bin that had room, a new one only if none had."""
     capacity, max_units = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 5))
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
     bins = best_fit(lengths, capacity, max_units)
@@ -103,7 +106,7 @@ def check_rows(rows: Rows, units) -> None:
                     )
                     following = side[i + 1] if i + 1 < len(side) else (None, False)
                     assert row["loss_weights"][at] == following[1], (
-                        "learnt is to predict what is said, the end's next token is another's"
+                        "the loss is on SAID tokens, never on the first of another document"
                     )
                     assert not following[1] or row["targets"][at] == following[0]
                     at += 1

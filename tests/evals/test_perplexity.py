@@ -1,4 +1,4 @@
-"""Perplexity against transformers' loop, against llama-perplexity's rule spelt out with torch, and the bookkeeping of both."""
+"""Perplexity against transformers' loop and against llama-perplexity's rule, written in torch."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
-from nanollama_jax.evals.perplexity import WINDOWS_A_CALL, describe, measure, settle
+from nanollama_jax.evals.perplexity import WINDOWS_PER_CALL, describe, measure, resolve
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.model import ModelConfig
 from tests.model.oracle import hf_model, random_params
@@ -93,7 +93,7 @@ def test_sliding_is_the_loop_of_transformers_documentation(oracle, context, stri
 
 
 @pytest.mark.parametrize("context", [16, 17])
-def test_llama_cpp_spelt_out_with_torch(oracle, context):
+def test_llama_cpp_written_out_with_torch(oracle, context):
     score, hf = oracle
     texts = [*random_texts(30, 9, 40), "ends with a newline\n"]
     ids = ByteTokenizer().encode("\n\n".join(texts)[:-1], bos=True)
@@ -142,7 +142,7 @@ def test_each_token_is_scored_once_with_all_the_context_that_a_window_gives(data
 
     def run(logprobs):
         def score(sequences):
-            assert len(sequences) <= WINDOWS_A_CALL and all(
+            assert len(sequences) <= WINDOWS_PER_CALL and all(
                 1 < len(ids) <= context for ids in sequences
             )
             return [logprobs(np.array(ids)) for ids in sequences]
@@ -246,9 +246,9 @@ def pieces(model, ids):
 
 
 def test_defaults_and_the_line_beside_the_numbers():
-    assert settle("sliding", None, None, 4096) == (4096, 2048)
-    assert settle("llama.cpp", None, None, 4096) == (512, None)
-    assert settle("llama.cpp", None, None, 256) == (256, None)
+    assert resolve("sliding", None, None, 4096) == (4096, 2048)
+    assert resolve("llama.cpp", None, None, 4096) == (512, None)
+    assert resolve("llama.cpp", None, None, 256) == (256, None)
     assert "1,024 tokens, stride 512" in describe("sliding", 1024, 512)
     assert "512 tokens" in describe("llama.cpp", 512, None) and "last 255" in describe(
         "llama.cpp", 512, None
@@ -268,7 +268,7 @@ def test_defaults_and_the_line_beside_the_numbers():
 )
 def test_bad_settings(arguments, says):
     with pytest.raises(BadInput, match=says):
-        settle(*arguments, 128)
+        resolve(*arguments, 128)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,9 @@ def test_bad_settings(arguments, says):
             ["12345678\n"],
             "llama.cpp",
             10**6,
-            "there are 9 in all",
+            "there are 9 tokens in all",
         ),  # the last newline does not count
-        (["123456789"], "llama.cpp", 9, "there are 9 in all"),
+        (["123456789"], "llama.cpp", 9, "there are 9 tokens in all"),
     ],
 )
 def test_bad_text(texts, rule, max_tokens, says):

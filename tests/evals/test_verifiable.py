@@ -1,4 +1,4 @@
-"""Scripted replies are judged as they should be: the right ones right, and every way of being wrong wrong."""
+"""Scripted replies are judged correctly: the right ones, and every way of being wrong."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from nanollama_jax.chat.conversations import Message, ToolCall
 from nanollama_jax.evals import verifiable
-from nanollama_jax.infer.engine import Completion
+from nanollama_jax.infer.batch import Completion
 from nanollama_jax.synthetic import reasoning, tool_conversations
 from nanollama_jax.tokenizer import TOOL_CALL, TURN_END
 from tests.infer.scripted import CUT, Scripted

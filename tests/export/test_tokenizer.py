@@ -186,7 +186,7 @@ REFUSED = {
     ),
     "no letters": (
         lambda: changed(more=[("¬¬", Piece.NORMAL)]),
-        "pieces of characters that are no pieces",
+        "pieces of characters that are not pieces",
         ("tokenizer.json",),
     ),
     "one score": (

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Runs with NANOLLAMA_TEST_GPU=1 (`make test-gpu`), on one Hopper or later."""
+"""What only a GPU can show. Runs with NANOLLAMA_TEST_GPU=1 (`make test-gpu`), Hopper or later."""
 
 import os
 

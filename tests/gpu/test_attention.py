@@ -1,4 +1,7 @@
-"""cuDNN's attention within documents: right, forward and backward, whatever the documents; nothing undefined read; nothing seen across them."""
+"""cuDNN's attention within documents, forward and backward, for any documents.
+
+It is correct, reads nothing undefined, and sees nothing of other documents.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +18,7 @@ from tests.gpu import needs_gpu
 pytestmark = needs_gpu
 T, ROOM, LONG = 512, 8, 16_384
 
-# Lengths of each row's documents. As attention sees it padding is one more document: the batch's last segment.
+# Lengths of each row's documents. For attention, padding is one more document: the last segment
 ROWS = {
     "ragged": [[5, 1, 100, 406], [T], [1, 1, 1, 509], [200, 312]],
     "one document": [[T]] * 4,
@@ -122,7 +125,7 @@ def test_plain_causal_is_that_of_float32(one_device):
 
 
 def test_long_rows_of_the_1b_shape(one_device):
-    """16,384 tokens, where offsets are large: documents late in the first row, and at the end of the last."""
+    """16,384 tokens, where offsets are large: late in the first row, and at the end of the last."""
     config = config_of((32, 4, 64), packed_documents=4)
     begins, late, last = LONG - LONG // 16, LONG // 32, LONG // 64
     segment_ids = segments_of(
@@ -144,7 +147,7 @@ def test_long_rows_of_the_1b_shape(one_device):
     "rows", [ROWS["ragged"], ROWS["one document"]], ids=["ragged", "one document"]
 )
 def test_memory_full_of_nan_changes_nothing(one_device, rows):
-    """What cuDNN does not write (empty slots, statistics past a document's end) holds what was there: it must not be read."""
+    """cuDNN leaves empty slots and statistics past a document's end unwritten: never read them."""
     config, segment_ids = config_of(HEADS["grouped, 64"]), segments_of(rows)
     arrays = draw(config, *segment_ids.shape)
     poison()
@@ -164,8 +167,10 @@ def poison():
 
 
 def test_no_bit_of_another_documents_tokens_is_seen(one_device):
-    """All inputs of one document are others: the others' outputs and gradients are the same bits. Deterministic, for otherwise gradients of
-    queries are summed in the order in which threads arrive."""
+    """Changing all inputs of one document leaves the others' outputs and gradients bit-identical.
+
+    Deterministic, since otherwise gradients of queries are summed in the order threads arrive.
+    """
     config, segment_ids = config_of(HEADS["grouped, 64"]), segments_of(ROWS["ragged"])
     arrays, others = draw(config, *segment_ids.shape), draw(config, *segment_ids.shape, seed=1)
     before = run_deterministic(config, segment_ids, *arrays)

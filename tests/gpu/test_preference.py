@@ -1,4 +1,4 @@
-"""DPO with cuDNN's attention, 60m shape: the reference is that of float32, and the first step is at it."""
+"""DPO with cuDNN's attention, 60m shape: the reference is float32's, and step 1 is at it."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from nanollama_jax.train.settle import settle
 from tests.gpu import needs_gpu
 
 pytestmark = needs_gpu
-LENGTHS = (20, 60, 150, 400)  # of a side; its second half is learnt
+LENGTHS = (20, 60, 150, 400)  # of a side; its second half is learned
 
 
 def test_the_first_step_is_at_the_reference(one_device):

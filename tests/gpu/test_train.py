@@ -1,4 +1,4 @@
-"""Training with cuDNN's attention is training with ours: loss curves of the 60m shape on real text."""
+"""Training with cuDNN's attention against training with ours: loss curves of the 60m shape."""
 
 import jax
 import numpy as np
@@ -75,10 +75,13 @@ def losses(batches, **model):
 
 
 def test_loss_curves_agree_within_the_noise_of_bfloat16(batches):
-    """Noise is what rounding does: the distance between `xla` in float32 and in bfloat16, two runs of the same mathematics. Rounding differences
-    grow as training goes on, so that the distance from cudnn_packed to xla, both in bfloat16, is of the same size and not smaller: three times
-    the mean distance is allowed, since each is a single draw. Before they have grown, in the first ten steps, a loss is off by less than 1 in 200:
-    bfloat16 keeps 8 bits, and a mean over 16,000 tokens averages most of that away."""
+    """Noise is the distance between `xla` in float32 and in bfloat16: the same mathematics.
+
+    Rounding differences grow during training, so the distance from cudnn_packed to xla, both in
+    bfloat16, is of the same size and not smaller: three times the mean distance is allowed, since
+    each is a single draw. Before they have grown, in the first ten steps, a loss is off by less
+    than 1 in 200: bfloat16 keeps 8 bits, and a mean over 16,000 tokens averages most of that away.
+    """
     packed, xla, exact = (
         losses(batches, attention=attention, dtype=dtype)
         for attention, dtype in (
@@ -87,7 +90,7 @@ def test_loss_curves_agree_within_the_noise_of_bfloat16(batches):
             ("xla", "float32"),
         )
     )
-    assert packed[-20:].mean() < 0.7 * packed[0], "nothing was learnt, so agreeing says nothing"
+    assert packed[-20:].mean() < 0.7 * packed[0], "nothing was learned, so agreement means nothing"
     noise, distance = np.abs(xla - exact).mean(), np.abs(packed - xla).mean()
     assert distance < 3 * noise + 1e-3, f"mean distance {distance:.5f}, noise {noise:.5f}"
     np.testing.assert_allclose(packed[:10], xla[:10], rtol=5e-3)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from nanollama_jax.chat import chatml as chat
 from nanollama_jax.chat.conversations import Message
-from nanollama_jax.infer.engine import Completion
+from nanollama_jax.infer.batch import Completion
 from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 CUT = "(cut off)"  # after a text: its end is left out

@@ -7,7 +7,7 @@ import torch
 from nanollama_jax import tokenizer
 from nanollama_jax.errors import BadInput
 from nanollama_jax.infer.attention_maps import (
-    QUERIES_A_BLOCK,
+    QUERIES_PER_BLOCK,
     attention_maps,
     choose_layers,
     plot,
@@ -38,7 +38,7 @@ def test_maps_and_distances_agree_with_transformers(params, bins):
     p_LNTS = np.stack([each[0].double().numpy() for each in attentions])
     maps = attention_maps(SMALL, params, ids[0], THETA, bins)
 
-    assert T % QUERIES_A_BLOCK and T % 7 and maps.num_tokens == T
+    assert T % QUERIES_PER_BLOCK and T % 7 and maps.num_tokens == T
     edges = list(range(0, T, maps.bin_width))
     assert len(edges) <= bins and len(edges) == maps.pooled_LNQS.shape[-1]
     by_key = np.add.reduceat(p_LNTS, edges, axis=3)

@@ -1,4 +1,4 @@
-"""Generation under a grammar, by the engine, from a model that was never trained: what comes is valid all the same."""
+"""Generation under a grammar, by the engine, with an untrained model: the output is still valid."""
 
 import json
 
@@ -50,7 +50,7 @@ def standard(schema):
 
 
 def test_tool_calls_of_an_untrained_model(untrained, shared_data):
-    """500 generations over real tools, each its own set: all parse, name a tool of the set, and satisfy its parameters."""
+    """500 generations over real tools: all parse, name a tool of their set, fit its parameters."""
     lines = [
         json.loads(line)
         for name in ("simple_python", "multiple")

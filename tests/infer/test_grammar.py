@@ -1,4 +1,7 @@
-"""An untrained model is a random generator over the allowed tokens; what it writes is judged by json, jsonschema, re and ast."""
+"""An untrained model is a random generator over the allowed tokens.
+
+Its output is judged by json, jsonschema, re and ast.
+"""
 
 import ast
 import json
@@ -215,7 +218,8 @@ def test_regex(case, rng, pattern):
 
 def test_lark(case, rng):
     grammar = lark(
-        'start: term (OP term)*\nterm: NUMBER | "(" start ")"\nOP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/'
+        'start: term (OP term)*\nterm: NUMBER | "(" start ")"\n'
+        'OP: " + " | " * " | "//"\nNUMBER: /0|[1-9][0-9]*/'
     )
     lengths = {
         len(ast.dump(ast.parse(case.text(grammar, budget, rng), mode="eval")))
@@ -340,7 +344,7 @@ def with_parameters(parameters) -> Grammar:
         (lambda: lark("start: <|nope|>"), "unknown special token"),
         (lambda: lark("start: ("), "Expected token"),
         (lambda: lark('start: "a" start'), "no end"),
-        (lambda: lark('start: a "x"\na[stop=""]: /[a-z]*/'), "end token in the midst"),
+        (lambda: lark('start: a "x"\na[stop=""]: /[a-z]*/'), "end token in the middle"),
         (lambda: lark("start: " + "(" * 10**5), "nested"),
         (lambda: tool_call([]), "no tool"),
         (lambda: tool_call([TOOL, {"function": TOOL}]), "tool 2: another is named 'f': rename one"),
@@ -362,7 +366,7 @@ def with_parameters(parameters) -> Grammar:
         ),
         (
             lambda: json_schema({"oneOf": OVERLAPPING}),
-            "JSON schema: `oneOf` has branches that overlap",
+            "JSON schema: `oneOf` has overlapping branches",
         ),
     ],
 )
@@ -377,7 +381,7 @@ def test_a_bad_grammar_is_one_line(base, make, message):
     [
         (
             {"oneOf": OVERLAPPING},
-            "`oneOf` has branches that overlap, where `anyOf` could be enforced",
+            "`oneOf` has overlapping branches: use `anyOf`, which can be enforced",
         ),
         ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "`oneOf` has"),
         ({"type": "string", "format": "phone"}, "`format` 'phone' cannot be enforced"),

@@ -40,7 +40,7 @@ def test_lines_of_the_log_show_thoughts_words_and_calls_apart(chat_tokenizer):
 def test_a_prompt_that_fills_the_context_is_refused_before_training(chat_tokenizer):
     with pytest.raises(
         BadInput,
-        match=r"samples.prompts: 'Count: 1 1 1.* has \d+ tokens, and the context is of 64: shorten it",
+        match=r"samples.prompts: 'Count: 1 1 1.* has \d+ tokens, and the context has 64: shorten",
     ):
         encode(("Hello", "Count:" + 64 * " 1"), chat_tokenizer, context_length=64)
 

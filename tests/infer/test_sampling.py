@@ -125,7 +125,10 @@ def pieces_of(
     sizes=st.lists(st.integers(1, 5), max_size=40),
 )
 def test_streamed_text_is_the_text(ours, with_dummy_prefix, text, cut, sizes):
-    """Any text, cut anywhere between tokens (within a character too), in pieces of any size; ours and a model with a dummy prefix."""
+    """Any text, cut between any tokens (within a character too), in pieces of any size.
+
+    For our tokenizer and for a model with a dummy prefix.
+    """
     for tokenizer in (ours, with_dummy_prefix):
         ids = tokenizer.encode(text, bos=True)
         prompt, new = ids[: cut + 1], ids[cut + 1 :]
@@ -170,3 +173,11 @@ def test_a_stop_string_is_never_shown(ours, sizes, stop):
     expected = text[: min(ends)] if ends else text
     assert "".join(pieces) == stream.text == expected
     assert stream.finish_reason == ("stop" if ends else "length")
+
+
+def test_overlapping_stop_strings_are_held_back(ours):
+    """The longest possible start of any of them, whatever their order."""
+    ids = ours.encode("self, x")
+    for stop in (["lf, x", "self, x"], ["self, x", "lf, x"]):
+        pieces, stream = pieces_of(ours, [1], ids, [1] * len(ids), stop)
+        assert "".join(pieces) == stream.text == "", pieces

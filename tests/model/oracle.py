@@ -1,4 +1,7 @@
-"""transformers' Llama as an oracle: our parameters under its names, and stories260K read from llama2.c's format."""
+"""transformers' Llama as an oracle.
+
+Our parameters under its names, and stories260K, read from llama2.c's format.
+"""
 
 import pathlib
 import struct
@@ -14,7 +17,10 @@ from nanollama_jax.model import Llama, ModelConfig
 
 
 def random_params(model: ModelConfig):
-    """Scanned, large enough that attention is not flat; without compiling the initialisers, which takes longer than the tests."""
+    """Scanned parameters, large enough that attention is not flat.
+
+    The initializers are not compiled: that takes longer than the tests.
+    """
     dummy, rng = jnp.zeros((1, 8), jnp.int32), np.random.default_rng(0)
     shapes = nn.meta.unbox(
         jax.eval_shape(Llama(model).init, jax.random.key(0), dummy, dummy, dummy, jnp.float32(1e4))[
@@ -31,7 +37,7 @@ def random_params(model: ModelConfig):
 
 
 def hf_names(model: ModelConfig, params) -> dict[str, np.ndarray]:
-    """Our unboxed, scanned parameter tree (or one of gradients) as transformers' state dict: a rename and a transpose."""
+    """Our unboxed, scanned parameters (or gradients) as transformers' state dict."""
     D = model.d_model
     layers = params["layers"]
     names = {
@@ -85,7 +91,10 @@ def hf_model(model: ModelConfig, params, rope_theta: float) -> transformers.Llam
 
 
 def read_stories260k(path: pathlib.Path) -> tuple[ModelConfig, dict]:
-    """llama2.c's v0 format: seven int32, then float32 tensors; RoPE rotates neighbouring pairs there, so q and k rows are permuted to rotate-half."""
+    """llama2.c's v0 format: seven int32, then float32 tensors.
+
+    RoPE rotates neighboring pairs there, so q and k rows are permuted to rotate-half.
+    """
     blob = path.read_bytes()
     D, F, L, N, K, V, _seq_len = struct.unpack("7i", blob[:28])
     assert V > 0, "negative means an untied head"

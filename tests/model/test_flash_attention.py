@@ -1,6 +1,9 @@
-"""Flash attention without a GPU: all of it but cuDNN's two calls, which a plain implementation of their contract stands in for here.
+"""Flash attention without a GPU.
 
-What cuDNN leaves undefined (tokens in no document, statistics beyond a document's end) is NaN here. tests/gpu runs the real calls.
+A plain implementation of their contract stands in for cuDNN's two calls; the rest is real.
+
+What cuDNN leaves undefined (tokens in no document, statistics beyond a document's end) is NaN here.
+tests/gpu runs the real calls.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ MODEL = ModelConfig(
 
 
 def stand_in(q_BTNH, k_BTKH, v_BTKH, packing: Packing):
-    """Per document (flattened tokens): where it lies, from cuDNN's own arguments; scores of the whole flattened batch."""
+    """The document of each flattened token, from cuDNN's own arguments; scores of all tokens."""
     B, T, N, H = q_BTNH.shape
     G, Z = N // k_BTKH.shape[2], packing.lengths_BM.size
     lengths_Z, starts_Z = packing.lengths_BM.reshape(-1), packing.starts_BM1.reshape(-1)[:Z]
@@ -62,7 +65,7 @@ def forward_stand_in(q_BTNH, k_BTKH, v_BTKH, packing):
 
 
 def backward_stand_in(q_BTNH, k_BTKH, v_BTKH, packing, stats_ZNT, out_BTNH, d_out_BTNH):
-    """From the statistics that it is handed, as cuDNN does: they must have come back to where they were."""
+    """From the statistics that it is passed, like cuDNN: they must be back in its layout."""
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     q, k, v, scores_NXY, inside_ZX, _, starts_Z = stand_in(q_BTNH, k_BTKH, v_BTKH, packing)
     document_X, token_X = jnp.argmax(inside_ZX, axis=0), jnp.arange(B * T)
@@ -137,7 +140,10 @@ def test_output_and_gradients_agree_with_xla(devices):
     st.integers(1, 6),
 )
 def test_packing_of_any_rows(lengths, room):
-    """Every token in one document; rows within the room keep theirs; documents never cross rows; what cuDNN reads is in its order."""
+    """Every token is in one document, and documents never cross rows.
+
+    Rows within the room keep theirs, and what cuDNN reads is in its order.
+    """
     T = 24
     rows = []
     for row in lengths:
@@ -194,7 +200,8 @@ def test_the_check_at_start_passes_what_is_right_and_refuses_what_is_not(monkeyp
         monkeypatch.setattr(flash_attention, "cudnn_forward", wrong_offsets)
         with pytest.raises(
             BadInput,
-            match=r"'cudnn_packed' is wrong on this machine \(relative errors against xla: output .*set model.attention=xla",
+            match=r"'cudnn_packed' is wrong on this machine \(relative errors against xla: output "
+            r".*set model.attention=xla",
         ):
             check_attention(MODEL, rows=2)
         monkeypatch.setattr(flash_attention, "cudnn_forward", forward_stand_in)
@@ -212,7 +219,10 @@ def lowered_for_cuda(function, *shapes):
 
 
 def test_what_cudnn_is_told():
-    """The call itself, as it is compiled for a GPU: all documents of the batch in one list, offsets in elements of queries and of grouped keys."""
+    """The call as compiled for a GPU: all documents of the batch in one list.
+
+    Offsets are in elements, of queries and of grouped keys.
+    """
     q, kv = (
         jax.ShapeDtypeStruct((3, 256, 8, 64), jnp.bfloat16),
         jax.ShapeDtypeStruct((3, 256, 2, 64), jnp.bfloat16),
