@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
 
-from nanollama_jax.corpus.sources import batched, read_records
+from nanollama_jax.corpus.sources import Document, batched, read_records
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
 
@@ -396,7 +395,7 @@ def clean(
 
 
 def _uncut(document: Document, hits: Sequence[Hit]) -> list[Document]:
-    split_key = document.metadata.get("split_key", document.text)
+    split_key = document.split_key or document.text
     parts, at = [], 0
     for start, end in [(hit.start - MARGIN, hit.end + MARGIN) for hit in hits] + [
         (len(document.text), len(document.text))
@@ -406,7 +405,7 @@ def _uncut(document: Document, hits: Sequence[Hit]) -> list[Document]:
                 Document(
                     text=document.text[at:start],
                     id=f"{document.id}#{len(parts)}",
-                    metadata={"split_key": split_key},
+                    split_key=split_key,
                 )
             )
         at = max(at, end)
@@ -448,10 +447,19 @@ def save_items(items: Sequence[Item], path: Path) -> None:
     write_json(path, [dataclasses.astuple(item) for item in items])
 
 
-@functools.lru_cache(maxsize=1)
 def load_index(path: Path) -> Index:
-    """The index of a file of `save_items`. Built once in a process: a few seconds for the full benchmarks."""
-    return Index([Item(*fields) for fields in json.loads(path.read_text())])
+    """The index of a file that `save_items` wrote."""
+    return _index(path.read_bytes())
+
+
+@functools.lru_cache(maxsize=1)  # building it takes a few seconds for the full benchmarks
+def _index(items: bytes) -> Index:
+    return Index([Item(*fields) for fields in json.loads(items)])
+
+
+def with_url(benchmarks: Mapping[str, str] | None) -> dict[str, str]:
+    """The benchmarks to look for: those that have a URL."""
+    return {name: url for name, url in (benchmarks or {}).items() if url}
 
 
 def summary(index: Index, report: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ under five words only exact copies count. Signatures wait on disk beside the rep
 process: 0.8 GB of memory and half a minute per million, measured on a million of which 100,000 were copies.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.pipeline.base import PipelineStep
 from rensa import RMinHash
 
 from nanollama_jax.corpus.decontaminate import normalise
@@ -57,28 +57,21 @@ def signature(text: str) -> np.ndarray:
     ).astype(np.uint16)
 
 
-class WriteSignatures(PipelineStep):
-    """Of each document of this rank's share of `url`: its signature to `RANK.signatures`, [id, bytes, beginning] to `RANK.jsonl`."""
-
-    name, type = "near-duplicates", "Writer"
-
-    def __init__(self, url: str, folder: Path):
-        super().__init__()
-        self.url, self.folder = url, folder
-
-    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        documents = text_bytes = 0
-        path = Path(self.folder) / f"{rank:05d}"
-        with (
-            open(path.with_suffix(".signatures"), "wb") as signatures,
-            open(path.with_suffix(".jsonl"), "w") as lines,
-        ):
-            for document in read_documents(self.url, rank, world_size):
-                size = len(document.text.encode())
-                signatures.write(signature(document.text).tobytes())
-                lines.write(json.dumps([document.id, size, document.text[:_BEGINNING]]) + "\n")
-                documents, text_bytes = documents + 1, text_bytes + size
-                report_progress(rank, (documents, 0, text_bytes))
+def _write_signatures(url: str, folder: Path, rank: int, ranks: int) -> None:
+    """Writes the signatures of this rank's documents of `url` to `RANK.signatures`, and [id, bytes,
+    beginning] of each to `RANK.jsonl`."""
+    documents = text_bytes = 0
+    path = folder / f"{rank:05d}"
+    with (
+        open(path.with_suffix(".signatures"), "wb") as signatures,
+        open(path.with_suffix(".jsonl"), "w") as lines,
+    ):
+        for document in read_documents(url, rank, ranks):
+            size = len(document.text.encode())
+            signatures.write(signature(document.text).tobytes())
+            lines.write(json.dumps([document.id, size, document.text[:_BEGINNING]]) + "\n")
+            documents, text_bytes = documents + 1, text_bytes + size
+            report_progress(rank, (documents, 0, text_bytes))
 
 
 def find_near_duplicates(
@@ -104,7 +97,7 @@ def find_near_duplicates(
         for url, folder in zip(urls, folders):
             folder.mkdir()
             run_ranks(
-                [WriteSignatures(url, folder)],
+                functools.partial(_write_signatures, url, folder),
                 Executor(workers=workers),
                 name=url,
                 tasks=workers or cores(),

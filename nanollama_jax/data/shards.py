@@ -14,21 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from datatrove.data import Document
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from nanollama_jax.console import console, track
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
-from nanollama_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 VERIFIED = Path(
     "logs", "verified.json"
 )  # shard -> its checksum, and what its file was like when that was compared
-_RECORDS = 256  # read at once
 _WORTH_A_LINE = 2**30  # bytes to read before anything else happens
 
 
@@ -156,30 +152,6 @@ def finished(directory: str | os.PathLike, inputs: dict[str, Any]) -> dict[str, 
 def split_shards(directory: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[Path]:
     """Paths of a split's shards, in order."""
     return [Path(directory) / shard["file"] for shard in manifest["splits"][split]["shards"]]
-
-
-def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The text of a prepared corpus, in the order of its shards; ids are SHARD:RECORD. Raises `BadInput` as `load_manifest` does."""
-    directory, manifest = Path(directory), load_manifest(directory)
-    if kind := manifest.get("kind"):
-        raise BadInput(f"{directory} holds {kind}: name a corpus of documents")
-    if manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise BadInput(
-            f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one"
-        )
-    verify_shards(directory, manifest)
-    for split in SPLITS:
-        for path in split_shards(directory, manifest, split):
-            with naming_shard(path):
-                reader = ArrayRecordReader(str(path))
-            for start in range(0, reader.num_records(), _RECORDS):
-                with naming_shard(path):
-                    records = reader.read(start, min(start + _RECORDS, reader.num_records()))
-                for number, record in enumerate(records, start):
-                    yield Document(
-                        text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()),
-                        id=f"{path}:{number + 1}",
-                    )
 
 
 def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -8,13 +8,13 @@ import random
 import re
 
 import pytest
-from datatrove.data import Document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollama_jax import tokenizer
 from nanollama_jax.corpus import decontaminate, prepare
 from nanollama_jax.corpus.decontaminate import Index, Item, normalise
+from nanollama_jax.corpus.sources import Document
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
 
@@ -243,7 +243,7 @@ def test_drop_and_cut():
         "An honest sentence of the document that has nothing to do with any question at all. " * 12
     )
     texts = ["clean " + filler, f"{filler}{QUESTION} {filler}", QUESTION, f"{filler}{QUESTION}"]
-    documents = [Document(text=text, id=f"d{i}", metadata={}) for i, text in enumerate(texts)]
+    documents = [Document(text=text, id=f"d{i}") for i, text in enumerate(texts)]
     index = Index([item(QUESTION)])
     kept, report, counts = decontaminate.clean(documents, index, "drop")
     assert [document.id for document in kept] == ["d0"] and [hit["document"] for hit in report] == [

@@ -50,7 +50,7 @@ def run(source, model, out_dir, **settings) -> dict:
 
 
 def texts_of(directory, model) -> list[str]:
-    return sorted(document.text for document in shards.read_documents(directory, Tokenizer(model)))
+    return sorted(document.text for document in sources.read_prepared(directory, Tokenizer(model)))
 
 
 def counts(manifest) -> tuple[int, int]:
@@ -175,7 +175,7 @@ def test_documents_are_cut_or_dropped_and_their_counts_stand_in_the_manifest(
     )
     heard = []
     report = decontaminate.search(
-        shards.read_documents(tmp_path / "drop", Tokenizer(model)),
+        sources.read_prepared(tmp_path / "drop", Tokenizer(model)),
         index,
         lambda *counts: heard.append(counts),
     )
