@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from rensa import RMinHash
 
-from nanollama_jax.corpus.decontaminate import normalise
 from nanollama_jax.corpus.executor import Executor, cores, report_progress, run_ranks
 from nanollama_jax.corpus.sources import read_documents
+from nanollama_jax.corpus.words import normalise
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
 

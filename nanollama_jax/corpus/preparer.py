@@ -19,6 +19,7 @@ from nanollama_jax.console import console
 from nanollama_jax.corpus import decontaminate
 from nanollama_jax.corpus.executor import Executor, run_ranks, unfinished_ranks
 from nanollama_jax.corpus.sources import is_gone, useful_ranks
+from nanollama_jax.corpus.words import RULE
 from nanollama_jax.data.shards import (
     MANIFEST,
     SPLITS,
@@ -144,7 +145,7 @@ def prepare(
     tasks = int(min(tasks, useful_ranks(url)))
     logs = out_dir / "logs"
     layout = inputs | {"tasks": tasks, "shard_tokens": shard_tokens}
-    items = logs / f"benchmarks_{decontaminate.RULE}.json" if benchmarks else None
+    items = logs / f"benchmarks_{RULE}.json" if benchmarks else None
     work = _WriteRank(preparation, out_dir, validation_fraction, shard_tokens, items)
     if executor.rank is not None:  # beside others, after one that did what follows
         if not (logs / "inputs.json").exists():

@@ -1,9 +1,9 @@
 """The record format of prepared conversations and preference pairs.
 
-A conversation is one uint32 per token: the token id, with the highest bit set where the token is
-learned (the assistant's messages, except those that are not trained on). A pair is the length of
-its chosen side, then the chosen side, then the rejected side, each encoded like a conversation; only
-the answers are learned, not the prompt that both sides share.
+A conversation is one uint32 per token: the token id, with the highest bit set if the token is
+learned. Learned are the assistant's messages, except those that are marked as not trained on. A
+pair is the length of its chosen side, then the chosen side, then the rejected side, each encoded
+like a conversation; only the answers are learned, not the prompt that both sides share.
 """
 
 import numpy as np

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nanollama_jax import tokenizer
 from nanollama_jax.corpus import decontaminate, prepare
-from nanollama_jax.corpus.decontaminate import Index, Item, normalise
+from nanollama_jax.corpus.decontaminate import Index, Item
 from nanollama_jax.corpus.sources import Document
+from nanollama_jax.corpus.words import normalise
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
 
@@ -273,7 +274,7 @@ def test_drop_and_cut():
     }
     assert decontaminate.too_short({"b": 0}) == []
     assert decontaminate.too_short({"b": 0, "c": 1200, "d": 3}) == [
-        "1,203 questions of the benchmarks are too short to look for: c 1,200, d 3"
+        "1,203 benchmark questions are too short to look for: c 1,200, d 3"
     ]
 
 

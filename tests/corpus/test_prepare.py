@@ -208,7 +208,7 @@ def test_a_damaged_shard_is_named(corpus, model, tmp_path):
     with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
         run(corpus, model, tmp_path)
     shard.write_bytes(whole[:-1])
-    with pytest.raises(BadInput, match=f"{shard.name} has .* bytes where"):
+    with pytest.raises(BadInput, match=f"{shard.name} has .* bytes instead of"):
         run(corpus, model, tmp_path)
     shard.unlink()
     with pytest.raises(BadInput, match=f"{shard.name} is missing"):

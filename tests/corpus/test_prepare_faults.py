@@ -160,7 +160,7 @@ def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, mod
     bad.write_bytes(b"".join(lines))
     with pytest.raises(
         BadInput,
-        match=r"were changed since .*; if a line was mended in its place, remove .*inputs\.json and run the same command",
+        match=r"were changed since .*; if a line was corrected in its place, remove .*inputs\.json and rerun the command",
     ):
         run(bad, model, out, tasks=2, executor=Executor(workers=1))
     (out / "logs/inputs.json").unlink()
@@ -204,6 +204,6 @@ def test_a_shard_edited_after_it_was_written_is_named(corpus, model, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(
         BadInput,
-        match=f"shard {shard} is damaged or another one's, its checksum differs: restore it",
+        match=f"shard {shard} is damaged or was replaced: its checksum differs: restore it",
     ):
         run(corpus, model, tmp_path / "out")

@@ -8,7 +8,15 @@ import pytest
 from configs import common, phase1, phase2_16k, phase3
 from configs.corpora import CORPORA
 from nanollama_jax import tokenizer
-from nanollama_jax.corpus import decontaminate, estimate, filters, near_duplicates, prepare, sources
+from nanollama_jax.corpus import (
+    decontaminate,
+    estimate,
+    filters,
+    near_duplicates,
+    prepare,
+    sources,
+    words,
+)
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
@@ -171,7 +179,7 @@ def test_documents_are_cut_or_dropped_and_their_counts_stand_in_the_manifest(
     with pytest.raises(BadInput, match="was prepared with benchmarks="):
         run(source, model, tmp_path / "drop", validation_fraction=0.2)
     index = decontaminate.Index(
-        [decontaminate.Item("b", "b:1", (decontaminate.normalise(QUESTION).decode(),))]
+        [decontaminate.Item("b", "b:1", (words.normalise(QUESTION).decode(),))]
     )
     heard = []
     report = decontaminate.search(
