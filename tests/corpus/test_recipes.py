@@ -81,7 +81,7 @@ def test_a_budget_of_tokens_is_kept_and_shared_by_the_ranks(model, texts, tmp_pa
     )  # each rank ends with the document that fills its share
     split = [
         len(json.loads(path.read_text())["train"])
-        for path in (tmp_path / "out/logs/shards").iterdir()
+        for path in (tmp_path / "out/logs/ranks").glob("*.json")
     ]
     assert split == [1, 1]
     with pytest.raises(BadInput, match="was prepared with max_tokens=2000000, not 0"):
@@ -98,7 +98,7 @@ def test_a_budget_that_ranks_could_not_fill_is_told(model, texts, tmp_path, caps
     )
     assert counts(manifest)[1] < 100_000
     assert (
-        f"corpus: {counts(manifest)[1]:,} tokens of 100,000: some ranks had less than their share"
+        f"corpus: {counts(manifest)[1]:,} of 100,000 tokens: some ranks had less than their share"
         in capsys.readouterr().out
     )
 
@@ -110,7 +110,7 @@ def test_a_filter_keeps_what_it_names(source, model, texts, tmp_path):
         "near_duplicates": 0,
     }
     assert texts_of(tmp_path / "out", model) == sorted(text for text in texts if STEM in text)
-    with pytest.raises(BadInput, match="keep='sports' is no filter: choose one of '', 'stem'"):
+    with pytest.raises(BadInput, match="keep='sports' is not a filter: choose one of '', 'stem'"):
         run(source, model, tmp_path / "no", keep="sports")
 
 
