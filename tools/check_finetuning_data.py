@@ -13,8 +13,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from nanollama_jax.chat.preference import check
 from nanollama_jax.console import Table, console
+from nanollama_jax.corpus.rows import check
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 
 COLUMNS = (

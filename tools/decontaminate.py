@@ -16,7 +16,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from nanollama_jax.console import Table, console
 from nanollama_jax.corpus import decontaminate, sources
-from nanollama_jax.data import shards
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.files import output_file, write_json
 from nanollama_jax.recipes import BENCHMARKS
@@ -56,7 +55,7 @@ def main() -> None:
         if "://" in arguments.text:
             documents = sources.read_documents(arguments.text, 0, 1)
         elif arguments.tokenizer:
-            documents = shards.read_documents(arguments.text, Tokenizer(arguments.tokenizer))
+            documents = sources.read_prepared(arguments.text, Tokenizer(arguments.tokenizer))
         else:
             raise BadInput(
                 f"{arguments.text} is no source URL, as in file://texts/*.txt: of a prepared corpus, name the --tokenizer too"

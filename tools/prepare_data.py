@@ -5,8 +5,13 @@ by: extends the tokenizer with the chat tokens and encodes the conversations or 
     python tools/prepare_data.py --config configs/phase1.py:nano
     python tools/prepare_data.py --config configs/phase1.py --config.corpora.fineweb_edu.url='file:///texts/*.jsonl.zst'
     python tools/prepare_data.py --config configs/sft.py --config.tuning.metamath.url='file://chats/*.jsonl'
-    python tools/prepare_data.py --config configs/phase1.py --executor slurm --partition cpu
     python tools/prepare_data.py --config configs/phase1.py --executor ray    on the cluster that RAY_ADDRESS names
+
+As an array of independent processes, here of Slurm; the first command sets everything up, the last one completes what the array did:
+
+    python tools/prepare_data.py --config configs/phase1.py --num_ranks 100
+    sbatch --array=0-99 --mem=4G --wrap='python tools/prepare_data.py --config configs/phase1.py --num_ranks 100 --rank $SLURM_ARRAY_TASK_ID'
+    python tools/prepare_data.py --config configs/phase1.py
 
 Run again, it goes on where it was stopped, does only what failed, and nothing where there is nothing left to do. What was found of the benchmarks in
 config.data.benchmarks stands in each corpus's contaminated_ids.json, and for conversations and pairs in left_out.txt. Source URLs:
@@ -38,9 +43,12 @@ EXECUTOR = flags.DEFINE_enum("executor", "local", KINDS, "Where the work is done
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Ranks at a time; 0: one on each core, or as many as the cluster has room for."
 )
-PARTITION = flags.DEFINE_string("partition", "", "Slurm: the partition.")
-TIME = flags.DEFINE_string("time", "24:00:00", "Slurm: the limit for one rank.")
-MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: for one rank, which has one core.")
+NUM_RANKS = flags.DEFINE_integer(
+    "num_ranks", 0, "Share the work among this many processes, such as the tasks of a Slurm array."
+)
+RANK = flags.DEFINE_integer(
+    "rank", None, "With --num_ranks, which of the processes this is; without it, only set up."
+)
 
 
 def main(_: list[str]) -> None:
@@ -58,15 +66,11 @@ def main(_: list[str]) -> None:
 
         config = CONFIG.value
         stages = stages_of(config).values()
+        executor = Executor(EXECUTOR.value, WORKERS.value, NUM_RANKS.value, RANK.value)
         if any(stage.task == "pretrain" for stage in stages):
-            prepare_all(
-                config,
-                Executor(
-                    EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value
-                ),
-            )
+            prepare_all(config, executor)
         for stage in stages:
-            if stage.task != "pretrain":
+            if stage.task != "pretrain" and not executor.num_ranks:
                 prepare_stage(stage)
 
 

@@ -34,10 +34,9 @@ import json
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-from nanollama_jax.corpus.sources import read_records
 from nanollama_jax.errors import BadInput
 
 FORMATS = "`messages`, `conversations`, `question` and `answer`, `query` and `response`; for DPO `chosen` and `rejected`"
@@ -95,7 +94,6 @@ _SCHEMA_KEYS = {  # of an object's JSON schema
     *("properties", "additionalProperties", "patternProperties"),
     *("$ref", "allOf", "anyOf", "oneOf"),
 }
-_Row = TypeVar("_Row")
 Tools = tuple[
     dict[str, Any], ...
 ]  # {"name", "description", "parameters": JSON schema}, no two of one name
@@ -124,24 +122,6 @@ class Conversation:
     where: str  # file:line
     messages: tuple[Message, ...]
     tools: Tools = ()
-
-
-def read_rows(
-    url: str, parse: Callable[[Any, str], _Row], on_bad: Callable[[str, BadInput], None]
-) -> Iterator[_Row]:
-    """Yields what `parse(record, where)` makes of each row of a source URL (corpus/sources.py).
-
-    A bad row goes to `on_bad(where, mistake)`, which can raise it to stop. Raises `BadInput` for a source that cannot be read, or not to its end.
-    """
-    for where, record in read_records(url, strict=False):
-        try:
-            if isinstance(record, BadInput):
-                raise record
-            row = parse(record, where)
-        except BadInput as mistake:
-            on_bad(where, mistake)
-        else:
-            yield row
 
 
 def parse_conversation(record: Any, where: str) -> Conversation:

@@ -8,17 +8,12 @@
 Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and
 `rejected-rating`; ranks, of which the least is the best; `margin`) must say that the chosen one is
 better: in a bad row they tie, contradict that or are not numbers.
-
-Also the check of a file of either kind of data, which tools/check_finetuning_data.py shows.
 """
 
-import collections
 import dataclasses
-import json
 import math
 import re
 import reprlib
-from collections.abc import Callable
 from typing import Any
 
 from nanollama_jax.chat.conversations import (
@@ -29,10 +24,8 @@ from nanollama_jax.chat.conversations import (
     parse_conversation,
     parse_messages,
     present,
-    read_rows,
     role_of,
 )
-from nanollama_jax.corpus.sources import matched_files
 from nanollama_jax.errors import BadInput
 
 # score_chosen, chosen-rating, chosen_avg_rating, rejectedReward, rank_chosen and the like
@@ -105,44 +98,6 @@ def parse_row(record: Any, where: str) -> Conversation | Preference:
         key for key, value in record.items() if value is not None
     }
     return parse_preference(record, where) if is_preference else parse_conversation(record, where)
-
-
-def check(
-    url: str,
-    files: collections.defaultdict[str, collections.Counter[str]],
-    on_bad: Callable[[str, BadInput], None],
-) -> None:
-    """Counts in `files` what each file of `url` holds, also where reading it raises `BadInput`; bad rows and empty files go to `on_bad`."""
-
-    def file_of(where: str) -> collections.Counter[str]:
-        return files[re.sub(r":\d+$", "", where)]
-
-    def count_bad(where: str, mistake: BadInput) -> None:
-        file_of(where).update(rows=1, bad=1)
-        on_bad(where, mistake)
-
-    for row in read_rows(url, parse_row, count_bad):
-        pair = isinstance(row, Preference)
-        calls = [call.arguments for message in row.messages for call in message.tool_calls]
-        characters = sum(
-            len(message.content) + len(message.thought) for message in row.messages
-        ) + sum(len(json.dumps(call)) for call in calls)
-        counts = {
-            "rows": 1,
-            "good": 1,
-            "pairs": pair,
-            "turns": len(row.messages),
-            "characters": characters,
-        }
-        counts |= {
-            "with thoughts": any(message.thought for message in row.messages),
-            "with tools": bool(row.tools),
-            "with calls": bool(calls),
-        }
-        file_of(row.where).update({name: int(count) for name, count in counts.items()})
-    for file in matched_files(url) or ([] if files else [url]):
-        if not files[file]["rows"]:
-            on_bad(file, BadInput(f"{file}: no rows: is it the right file?"))
 
 
 def _check_scores(record: dict[str, Any]) -> None:

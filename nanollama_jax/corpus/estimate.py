@@ -17,7 +17,7 @@ import pyarrow.parquet
 from ml_collections import ConfigDict
 
 from nanollama_jax.console import Table, console
-from nanollama_jax.corpus import sources
+from nanollama_jax.corpus import formats, sources
 from nanollama_jax.corpus.executor import cores
 from nanollama_jax.corpus.filters import filter_named
 from nanollama_jax.data.shards import MANIFEST, SPLITS, load_manifest
@@ -100,7 +100,7 @@ def estimate(
 def text_bytes(url: str) -> float | None:
     """About how much text a source of files has; None where files do not say."""
     if (found := sources.stored_files(url)) is None or not all(
-        sources.is_readable(file) for file in found[0]
+        formats.is_readable(file) for file in found[0]
     ):
         return None
     files, field = found
@@ -128,7 +128,7 @@ def _text_in(path: str, field: str, size: int) -> float:
                     for column in columns
                     if column.path_in_schema == field
                 )
-            content = sources.unpacked(file, path).read(_LOOK_BYTES)
+            content = formats.unpacked(file, path).read(_LOOK_BYTES)
             stored = size if len(content) < _LOOK_BYTES else min(file.tell(), size)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
         raise BadInput(f"{path} cannot be read, or is cut off: {error}") from error
@@ -154,10 +154,10 @@ def _text_in(path: str, field: str, size: int) -> float:
 
 
 def _text(line: bytes, field: str, where: str) -> str:
-    record = sources.json_object(line, where)
+    record = formats.json_object(line, where)
     if isinstance(record, BadInput):
         raise record
-    return sources.text_of(record, field, where)
+    return formats.text_of(record, field, where)
 
 
 def print_estimates(config: ConfigDict) -> None:

@@ -1,23 +1,25 @@
-"""Runs the ranks of a datatrove pipeline on the cores of one machine, on Slurm or on Ray: the same blocks, another executor.
+"""Runs the ranks of a job, each exactly once: on the cores of this machine, on Ray, or as an array
+of independent processes, such as a Slurm job array.
 
-Ranks that are done are not run again. Each leaves LOGS/completions/RANK, LOGS/stats/RANK.json and LOGS/logs/task_RANK.log, which has
-all that datatrove says: nothing of it is printed. With several machines, the repository, its Python environment, the sources and the
-output lie on a file system that they share, under the same path.
+A job is a function `work(rank, ranks)`. What it returns is written to `LOGS/ranks/RANK.json` and
+marks the rank as finished; a rank that failed leaves its traceback in `LOGS/ranks/RANK.log`.
+Finished ranks never run again, and a rank runs in one process at a time. With several machines, the
+repository, its Python environment, the sources and the output lie on a file system that they share,
+under the same paths.
 """
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
-import shlex
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,115 +27,130 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.executor.base import PipelineExecutor
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.executor.ray import RayPipelineExecutor
-from datatrove.executor.slurm import SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from loguru import logger
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import locked, write_json
 
-KINDS = ("local", "slurm", "ray")
-RAY_VERSION = "2.60.0"  # what tests run
-_LINE_SECONDS = 10  # between plain lines, where there is no terminal for a bar
+KINDS = ("local", "ray")
+RAY_VERSION = "2.60.0"  # the version that the tests run
+_LINE_SECONDS = 10  # between progress lines when the output is not a terminal
 _ROOT = Path(__file__).parents[2]
 
-# (documents, tokens, bytes) of each rank, in memory shared with the parent; None outside a worker of this machine
-_counts: Any = None
+Work = Callable[[int, int], Any]
+# Takes the number of finished ranks and, where known, [documents, tokens, bytes] so far.
+OnProgress = Callable[[int, np.ndarray | None], None]
+
+# Where `report_progress` sends its counts; None where nobody listens.
+_report: Callable[[int, Sequence[int]], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Executor:
-    """How the ranks of a pipeline are run. Raises `BadInput` for what cannot be."""
+    """How the ranks of a job are run. Raises `BadInput` for settings that make no sense."""
 
-    kind: str = "local"  # or slurm, or ray
-    workers: int = 0  # ranks at a time; 0: one on each core of this machine, or as many as the cluster has room for
-    partition: str = ""  # slurm: `sinfo` lists them
-    time: str = "24:00:00"  # slurm: limit for one rank
-    memory_gb: int = 4  # slurm: for one rank, which has one core
+    kind: str = "local"  # or "ray"
+    workers: int = 0  # ranks at a time; 0: one per core, or as many as the cluster has room for
+    num_ranks: int = 0  # > 0: that many processes share the ranks, see `run_ranks`
+    rank: int | None = None  # of them, the number of this process; None: only set up the job
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise BadInput(f"executor {self.kind!r} is unknown: there are {', '.join(KINDS)}")
+            raise BadInput(f"executor {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
         if self.workers < 0:
-            raise BadInput(
-                f"workers={self.workers} must be at least 1, or 0 for as many as there is room for"
-            )
-        if self.kind == "slurm" and not self.partition:
-            raise BadInput("executor slurm needs a partition: `sinfo` lists them")
+            raise BadInput(f"workers={self.workers} must be at least 1, or 0 to choose it here")
+        if self.num_ranks < 0:
+            raise BadInput(f"num_ranks={self.num_ranks} must be at least 1, or 0 for none")
+        if self.rank is not None and not 0 <= self.rank < self.num_ranks:
+            raise BadInput(f"rank={self.rank} must be at least 0 and below num_ranks")
 
 
 def run_ranks(
-    blocks: list[PipelineStep], executor: Executor, *, name: str, tasks: int, logs: Path
-) -> bool:
-    """Runs those of the `tasks` ranks that are not done yet, and shows how far they are.
+    work: Work, executor: Executor, *, name: str, tasks: int, logs: Path
+) -> list[Any] | None:
+    """Runs those of ranks 0 to `tasks` - 1 that are not finished, and shows the progress.
 
-    True when all are done; False when Slurm has been given the job, or has it still: a line says so, and what to do when it has ended.
-    Raises `BadInput` if a rank failed on Ray, a worker was killed, or for Ctrl-C; on this machine, what a rank raised, at once.
+    Returns what each rank returned, in order. With `executor.num_ranks`, returns None: process R
+    runs ranks R, R + num_ranks, ... in turn, and a process without a rank runs nothing.
+    A job of a single rank runs in this process. Raises `BadInput` if ranks failed on Ray, if a
+    worker was killed, and for Ctrl-C; on this machine, what a rank raised, at once.
     """
-    logger.disable("datatrove")  # what this process would narrate
-    if not _incomplete(tasks, logs):
-        return True
-    if job := _queued_slurm_job(logs):
-        console.print(
-            f"{name}: Slurm job {job} is not over yet (squeue --jobs={job}): run the same command again when it is"
-        )
-        return False
+    (logs / "ranks").mkdir(parents=True, exist_ok=True)
+    ranks = unfinished_ranks(tasks, logs)
     try:
-        if executor.kind == "slurm":
-            _submit_to_slurm(blocks, executor, name, tasks, logs)
-            return False
-        with show_progress(name, tasks) as on_progress:
-            if executor.kind == "ray":
-                with _ray_cluster(executor.workers):
-                    RayExecutor(
-                        blocks,
-                        tasks=tasks,
-                        workers=executor.workers or tasks,
-                        logging_dir=str(logs),
-                    ).run(on_progress)
-            else:
-                PoolExecutor(
-                    blocks, tasks=tasks, workers=executor.workers or cores(), logging_dir=str(logs)
-                ).run(on_progress)
+        if executor.num_ranks:
+            if executor.rank is not None:
+                for rank in range(executor.rank, tasks, executor.num_ranks):
+                    _run_rank(work, rank, tasks, logs)
+            return None
+        if ranks and tasks == 1:
+            _run_here(work, name, logs)
+        elif ranks:
+            with show_progress(name, tasks) as on_progress:
+                run = _run_on_ray if executor.kind == "ray" else _run_on_cores
+                run(work, ranks, tasks, executor.workers, logs, on_progress)
     except BrokenProcessPool as error:
         raise BadInput(
-            f"a worker preparing {name} was killed (out of memory?): run the same command to go on from there"
+            f"a worker preparing {name} was killed (out of memory?): rerun the command to resume"
         ) from error
     except KeyboardInterrupt as error:
-        raise BadInput("stopped; run the same command to go on") from error
-    if failed := _incomplete(tasks, logs):
+        raise BadInput("stopped; rerun the command to resume") from error
+    if failed := unfinished_ranks(tasks, logs):
         raise BadInput(
-            f"{name}: {_describe_failures(failed, logs)}: mend that, and the same command redoes what failed, alone"
+            f"{name}: {_describe_failures(failed, logs)}: fix this and rerun; only the ranks that "
+            "failed run again"
         )
-    return True
+    return [json.loads(_result(rank, logs).read_bytes()) for rank in range(tasks)]
+
+
+def unfinished_ranks(tasks: int, logs: Path) -> list[int]:
+    """The ranks that have not finished."""
+    return [rank for rank in range(tasks) if not _result(rank, logs).exists()]
 
 
 def cores() -> int:
-    """How many this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )  # macOS has no affinity
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _incomplete(tasks: int, logs: Path) -> list[int]:
-    return [rank for rank in range(tasks) if not (logs / "completions" / f"{rank:05d}").exists()]
+def report_progress(rank: int, counts: Sequence[int]) -> None:
+    """Called by a running rank: how many (documents, tokens, bytes) it has processed."""
+    if _report is not None:
+        _report(rank, counts)
+
+
+def _result(rank: int, logs: Path) -> Path:
+    return logs / "ranks" / f"{rank:05d}.json"
+
+
+def _run_rank(work: Work, rank: int, tasks: int, logs: Path) -> None:
+    """Runs a rank unless it is finished. Raises `BadInput` if another process is running it."""
+    result = _result(rank, logs)
+    log = result.with_suffix(".log")
+    busy = f"rank {rank} of {logs} is running in another process: wait for it to end"
+    with locked(result.with_suffix(".lock"), busy):
+        if result.exists():
+            return
+        log.unlink(missing_ok=True)
+        try:
+            returned = work(rank, tasks)
+        except Exception:
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+        write_json(result, returned)
 
 
 def _describe_failures(ranks: Sequence[int], logs: Path) -> str:
-    rank, more = ranks[0], f", and so did {len(ranks) - 1} more" if len(ranks) > 1 else ""
-    log = logs / "logs" / f"task_{rank:05d}.log"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    reason = "it was killed (out of memory, or time?), or never begun"
-    if any(
-        " | ERROR " in line for line in lines
-    ):  # a traceback follows, and the exception is its last line
-        reason = next(line for line in reversed(lines) if line.strip()).removeprefix(
-            f"{BadInput.__module__}.BadInput: "
-        )
+    rank, more = ranks[0], f", and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    log = _result(rank, logs).with_suffix(".log")
+    reason = "it was killed (out of memory?), or never started"
+    if log.exists():  # the exception is the last line of the traceback
+        lines = log.read_text(encoding="utf-8").split("\n")
+        last = next(line for line in reversed(lines) if line.strip())
+        reason = last.removeprefix(f"{BadInput.__module__}.BadInput: ")
     return f"rank {rank} failed{more}: {reason} ({log})"
 
 
@@ -142,8 +159,9 @@ def _python_path() -> str:
 
 
 @contextlib.contextmanager
-def show_progress(name: str, ranks: int) -> Iterator[Callable[..., None]]:
-    """Yields an `on_progress` that moves a bar on a terminal, and prints a line now and then elsewhere."""
+def show_progress(name: str, ranks: int) -> Iterator[OnProgress]:
+    """Yields an `on_progress` that moves a bar on a terminal and elsewhere prints a line now and
+    then."""
     start = last_line = time.monotonic()
     columns = [
         TextColumn("{task.description}", markup=False),
@@ -160,11 +178,11 @@ def show_progress(name: str, ranks: int) -> Iterator[Callable[..., None]]:
             state = f"{ranks_done}/{ranks} ranks"
             if counts is not None:
                 documents, tokens, text_bytes = counts.tolist()
-                state += f", {documents:,} documents, {f'{tokens:,} tokens, ' if tokens else ''}{text_bytes / 1e6 / (now - start):.1f} MB/s"
+                state += f", {documents:,} documents" + (f", {tokens:,} tokens" if tokens else "")
+                state += f", {text_bytes / 1e6 / (now - start):.1f} MB/s"
             bar.update(task, completed=ranks_done, state=state)
-            if not console.is_terminal and (
-                ranks_done == ranks or now - last_line >= _LINE_SECONDS
-            ):
+            due = ranks_done == ranks or now - last_line >= _LINE_SECONDS
+            if due and not console.is_terminal:
                 last_line = now
                 console.print(f"{name}: {state}, {now - start:.0f} s")
 
@@ -174,58 +192,60 @@ def show_progress(name: str, ranks: int) -> Iterator[Callable[..., None]]:
 # One machine
 
 
-def report_progress(rank: int, counts: Sequence[int]) -> None:
-    """Called by a pipeline block: the (documents, tokens, bytes) that `rank` has dealt with."""
-    if _counts is not None:
-        _counts[3 * rank : 3 * rank + 3] = counts
+def _run_here(work: Work, name: str, logs: Path) -> None:
+    global _report
+    with show_progress(name, 1) as on_progress:
+        _report = lambda _, counts: on_progress(0, np.array(counts))  # noqa: E731
+        try:
+            _run_rank(work, 0, 1, logs)
+        finally:
+            _report = None
 
 
-class PoolExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, but a killed worker is an error, not a wait without end, and a failure stops all ranks at once."""
-
-    def run(self, on_progress: Callable[[int, np.ndarray], None]) -> None:
-        """Runs the ranks that are not done yet. `on_progress` hears how many are, and this run's [documents, tokens, bytes].
-
-        Raises what a rank raised; `BrokenProcessPool` if a worker was killed.
-        """
-        self.save_executor_as_json()
-        context = _worker_context()
-        counts = context.RawArray("q", 3 * self.tasks)
-        stop, hold = context.Pipe(duplex=False)
-        ranks = self.get_incomplete_ranks()
-        pool = ProcessPoolExecutor(
-            max(1, min(self.workers, len(ranks))), context, _start_worker, (counts, stop)
-        )
-        with hold, pool:
-            try:
-                pending = {pool.submit(_run_rank, self, rank) for rank in ranks}
-                while pending:
-                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                    on_progress(self.tasks - len(pending), np.array(counts).reshape(-1, 3).sum(0))
-            except BaseException:
-                hold.close()
-                raise
+def _run_on_cores(
+    work: Work,
+    ranks: Sequence[int],
+    tasks: int,
+    workers: int,
+    logs: Path,
+    on_progress: OnProgress,
+) -> None:
+    """Raises what a rank raised, and stops the others; `BrokenProcessPool` if a worker died."""
+    context = _worker_context()
+    counts = context.RawArray("q", 3 * tasks)
+    stop, hold = context.Pipe(duplex=False)
+    workers = min(workers or cores(), len(ranks))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (counts, stop))
+    with hold, pool:
+        try:
+            pending = {pool.submit(_run_in_worker, work, rank, tasks, logs) for rank in ranks}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                on_progress(tasks - len(pending), np.array(counts).reshape(-1, 3).sum(0))
+        except BaseException:
+            hold.close()
+            raise
 
 
 def _worker_context() -> Any:
-    """Workers are forks of a server that has imported, once, what they need: forks of this process would get its threads, and the GPU it opened."""
-    if sys.platform == "darwin":  # whose own libraries do not bear a fork
+    """Workers are forks of a server that has imported, once, what they need.
+
+    Forks of this process would inherit its threads and the GPU that it opened.
+    """
+    if sys.platform == "darwin":  # its system libraries do not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanollama_jax.corpus.prepare"])
-    first = context.Process(
-        target=int
-    )  # does nothing; that it was started tells that the server is ready
+    first = context.Process(target=int)  # does nothing; once it has started, the server is ready
     python_path = os.environ.get("PYTHONPATH")
-    multiprocessing.resource_tracker.ensure_running()  # the server would start it, and that unblocks the signal again
-    mask = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # inherited: Ctrl-C while it imports would print a traceback
-    os.environ["PYTHONPATH"] = (
-        _python_path()
-    )  # sys.path is not inherited, and what it does not find it passes over
+    # The server would start the resource tracker, and that unblocks the signal again.
+    multiprocessing.resource_tracker.ensure_running()
+    # Inherited: without it, Ctrl-C during the server's imports would print a traceback.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # sys.path is not inherited, and the server ignores modules that it does not find.
+    os.environ["PYTHONPATH"] = _python_path()
     try:
         first.start()
     finally:
@@ -237,25 +257,29 @@ def _worker_context() -> Any:
 
 
 def _start_worker(counts: Any, stop: multiprocessing.connection.Connection) -> None:
-    global _counts
-    _counts = counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and stops us
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  datatrove logs to it; errors reach the parent as exceptions
+    global _report
+
+    def report(rank: int, done: Sequence[int]) -> None:
+        counts[3 * rank : 3 * rank + 3] = done
 
     def exit_with_parent() -> None:
-        # The pipe ends when the parent closes it or dies, even by kill -9: a worker that outlived it would write into its successor's shards.
+        # The pipe ends when the parent closes it or dies, even by kill -9. A worker that outlived
+        # its parent would keep a rank from being run again.
         multiprocessing.connection.wait([stop])
         os._exit(1)
 
+    _report = report
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops the workers
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _run_rank(executor: PoolExecutor, rank: int) -> None:
+def _run_in_worker(work: Work, rank: int, tasks: int, logs: Path) -> None:
     try:
-        executor._run_for_rank(rank, rank)
+        _run_rank(work, rank, tasks, logs)
     except (BadInput, OSError):
         raise
-    except Exception as error:  # one that cannot be pickled and built again would break the pool, as if the worker had been killed
+    except Exception as error:
+        # An exception that does not unpickle would break the pool, as if a worker had been killed.
         raise RuntimeError(repr(error)) from error
 
 
@@ -264,142 +288,70 @@ def _run_rank(executor: PoolExecutor, rank: int) -> None:
 
 @contextlib.contextmanager
 def _ray_cluster(workers: int) -> Iterator[None]:
-    """Connects to the cluster at RAY_ADDRESS, or starts one on this machine and stops it afterwards."""
+    """Connects to the cluster at RAY_ADDRESS, or starts one on this machine and stops it again."""
     try:
         import ray
     except ImportError as error:
         raise BadInput(f"executor ray needs Ray: pip install ray=={RAY_VERSION}") from error
     address = os.environ.get("RAY_ADDRESS")
     start = {"address": "local", "num_cpus": workers or cores(), "include_dashboard": False}
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # a cluster that we start would send some to Ray's makers
+    # A cluster that we start would otherwise send usage statistics.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-        if port.isdigit():  # ray.init tries in vain for minutes
+        if port.isdigit():  # ray.init would retry for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        environment = {"env_vars": {"PYTHONPATH": _python_path()}}
         ray.init(
             **({"address": address} if address else start),
-            runtime_env=environment,
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
             log_to_driver=False,
             logging_level="ERROR",
         )
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise BadInput(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: start it (ray start --head), or unset RAY_ADDRESS"
+            f"no Ray cluster answers at RAY_ADDRESS={address}: start one (ray start --head), or "
+            "unset RAY_ADDRESS"
         ) from error
-    ray._private.worker._worker_logs_enabled = (
-        False  # without this, and in spite of log_to_driver, it prints that a worker died
-    )
+    # Despite log_to_driver, Ray prints that a worker died.
+    ray._private.worker._worker_logs_enabled = False
     try:
         yield
     finally:
         ray.shutdown()
 
 
-class RayExecutor(RayPipelineExecutor):
-    """datatrove's Ray executor, but a rank is a plain Ray task: datatrove's run() has actors that fork a pool each, and waits without end
-    for a child that was killed. Ranks fail alone: the others go on."""
-
-    _run_for_rank = PipelineExecutor._run_for_rank  # RayPipelineExecutor's own keeps logs of all corpora in one temporary folder until a rank ends
-
-    def run(self, on_progress: Callable[[int], None]) -> None:
-        """Runs the ranks that are not done yet. `on_progress` hears how many are. Why others failed is in their logs."""
+def _run_on_ray(
+    work: Work,
+    ranks: Sequence[int],
+    tasks: int,
+    workers: int,
+    logs: Path,
+    on_progress: OnProgress,
+) -> None:
+    """Each rank is a Ray task. Ranks fail alone, and the others go on; their logs say why."""
+    with _ray_cluster(workers):
         import ray
 
-        self.save_executor_as_json()
-        ranks, pending = self.get_incomplete_ranks(), {}
-        done = self.tasks - len(ranks)
-        task = ray.remote(num_cpus=1, max_retries=0)(
-            _run_rank_under_ray
-        )  # a retry could begin while the first is still writing
-        executor = ray.put(self)
-        while ranks or pending:
-            while ranks and len(pending) < self.workers:
-                rank = ranks.pop(0)
-                pending[task.remote(executor, rank, os.getcwd())] = rank
+        # No retries: one could begin while the first attempt is still writing.
+        task = ray.remote(num_cpus=1, max_retries=0)(_run_rank_in)
+        shared, waiting, pending = ray.put(work), list(ranks), {}
+        done = tasks - len(ranks)
+        while waiting or pending:
+            while waiting and len(pending) < (workers or tasks):
+                rank = waiting.pop(0)
+                arguments = (os.getcwd(), shared, rank, tasks, logs)
+                pending[task.remote(*arguments)] = rank
             for reference in ray.wait(list(pending), timeout=1)[0]:
-                rank = pending.pop(reference)
+                log = _result(pending.pop(reference), logs).with_suffix(".log")
                 try:
                     ray.get(reference)
                     done += 1
-                except ray.exceptions.RayError as error:  # what a rank raised is in its log; not that it was killed, or could not begin
-                    with self.logging_dir.open(f"logs/task_{rank:05d}.log", "a") as log:
-                        log.write(f"Ray | ERROR | rank {rank}\n{error}\n")
-            on_progress(done)
+                except ray.exceptions.RayError as error:
+                    if not log.exists():  # the rank raised nothing: it was killed, or not started
+                        log.write_text(str(error), encoding="utf-8")
+            on_progress(done, None)
 
 
-def _run_rank_under_ray(executor: RayExecutor, rank: int, directory: str) -> None:
-    os.chdir(directory)  # where paths of the blocks are relative to
-    executor._run_for_rank(rank, rank)
-
-
-# Slurm
-
-
-class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's Slurm executor without its second job, which would only add up the stats."""
-
-    def launch_merge_stats(self) -> None:
-        pass
-
-
-def _queued_slurm_job(logs: Path) -> str | None:
-    """The Slurm job that was given these ranks, if it still waits or runs."""
-    if not (record := logs / "slurm_job").exists():
-        return None
-    job = record.read_text()
-    if not shutil.which("squeue"):
-        raise BadInput(
-            f"Slurm job {job} was given these ranks, and no squeue here tells whether it is over: if so, remove {record}"
-        )
-    answer = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True
-    )
-    if (
-        answer.returncode and "Invalid job id" not in answer.stderr
-    ):  # which it says of jobs that were over minutes ago
-        raise BadInput(
-            f"squeue does not tell whether job {job} is over: {answer.stderr.strip()}: try again later"
-        )
-    return job if answer.stdout.strip() else None
-
-
-def _submit_to_slurm(
-    blocks: list[PipelineStep], executor: Executor, name: str, tasks: int, logs: Path
-) -> None:
-    if not shutil.which("sbatch"):
-        raise BadInput(
-            "executor slurm: there is no sbatch here: run this on a login node of the cluster, or choose another executor"
-        )
-    if len(str(logs.absolute()).split()) > 1:
-        raise BadInput(
-            f"executor slurm: a job script cannot have the space in {logs.absolute()}: choose another directory"
-        )
-    ranks = _incomplete(tasks, logs)
-    if (record := logs / "slurm_job").exists():
-        console.print(f"{name}: {_describe_failures(ranks, logs)}")
-    job = SlurmExecutor(
-        blocks,
-        tasks=tasks,
-        workers=executor.workers or -1,
-        time=executor.time,
-        partition=executor.partition,
-        qos=None,
-        mem_per_cpu_gb=executor.memory_gb,
-        job_name=f"prepare_{name}",
-        logging_dir=str(logs.absolute()),
-        env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH PYTHONPATH={shlex.quote(_python_path())}",
-    )
-    try:
-        job.launch_job()
-    except subprocess.CalledProcessError as error:
-        raise BadInput(
-            f"sbatch refused the job of {name} (exit status {error.returncode}): what it said stands above"
-        ) from error
-    record.write_text(job.job_id)
-    console.print(
-        f"{name}: submitted Slurm job {job.job_id} for {len(ranks)} of {tasks} ranks: when it has ended (squeue --jobs={job.job_id}), run the "
-        "same command again: it redoes failed ranks alone, and completes the corpus"
-    )
+def _run_rank_in(directory: str, work: Work, rank: int, tasks: int, logs: Path) -> None:
+    os.chdir(directory)  # the paths in `work` may be relative
+    _run_rank(work, rank, tasks, logs)

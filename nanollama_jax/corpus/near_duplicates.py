@@ -1,12 +1,17 @@
-"""Finds near-duplicate documents within and across sources, by MinHash (Broder 1997), and reports which to leave out when they are prepared.
+"""Finds near-duplicate documents within and across sources by MinHash (Broder 1997), and reports
+which of them to leave out of preparation.
 
-Words are those of corpus/decontaminate.py: in Chinese and other scripts without spaces, letters.
-Two documents are duplicates if at least `threshold` of the word 5-grams that either has are in both: their Jaccard similarity, estimated from
-256 hashes (standard deviation at 0.8: 0.018 to 0.025). Duplicates of duplicates are one cluster, of which the first document is kept; of texts
-under five words only exact copies count. Signatures wait on disk beside the report, 0.9 GB per million documents, and are compared in one
-process: 0.8 GB of memory and half a minute per million, measured on a million of which 100,000 were copies.
+Two documents are duplicates if their Jaccard similarity, the share of all their word 5-grams that
+both have, is at least `threshold`. It is estimated from 256 hashes (standard deviation at 0.8:
+0.018 to 0.025). Words are those of corpus/words.py: letters, in Chinese and other scripts without
+spaces. Duplicates of duplicates form one cluster, of which the first document is kept. Of texts
+under five words only exact copies count.
+
+Signatures are stored beside the report, 0.9 GB per million documents, and compared in one process:
+0.8 GB of memory and half a minute per million, measured on a million of which 100,000 were copies.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -18,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.pipeline.base import PipelineStep
 from rensa import RMinHash
 
-from nanollama_jax.corpus.decontaminate import normalise
 from nanollama_jax.corpus.executor import Executor, cores, report_progress, run_ranks
 from nanollama_jax.corpus.sources import read_documents
+from nanollama_jax.corpus.words import normalise
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
 
@@ -31,8 +35,8 @@ FORMAT = "nanollama_jax near-duplicates, version 1"
 SHINGLE_WORDS = 5
 HASHES = 256
 SEED = 1
-_RECALL = 0.99  # of pairs just at the threshold, by the bands alone
-_EXAMPLES, _BEGINNING = 6, 300  # pairs, characters of each document
+_RECALL = 0.99  # of pairs just at the threshold, from a single comparison of bands
+_EXAMPLES, _BEGINNING = 6, 300  # pairs in the report, and characters of each document
 _FACTORS = np.array(
     [pow(0x9E3779B97F4A7C15, power, 2**64) for power in range(1, HASHES + 1)], np.uint64
 )
@@ -41,8 +45,9 @@ _FACTORS = np.array(
 def signature(text: str) -> np.ndarray:
     """MinHash of the text's word 5-grams: uint16 of shape (HASHES,), the same in every process.
 
-    Two signatures agree in a share of places that estimates the Jaccard similarity. rensa's hashes have 32 bits: 16 of them estimate as well, at
-    half the memory (the low bits differ by chance in 1 of 65,536). A text without a 5-gram gets a hash of all of it, case and punctuation included.
+    The share of places in which two signatures agree estimates the Jaccard similarity. rensa's
+    hashes have 32 bits; 16 of them estimate it as well in half the memory (different hashes agree
+    by chance in 1 of 65,536). A text without a 5-gram gets a hash of all its characters.
     """
     words = np.array(RMinHash.hash_token_sets([normalise(text).split()])[0], np.uint64)
     if len(words) < SHINGLE_WORDS:
@@ -57,43 +62,39 @@ def signature(text: str) -> np.ndarray:
     ).astype(np.uint16)
 
 
-class WriteSignatures(PipelineStep):
-    """Of each document of this rank's share of `url`: its signature to `RANK.signatures`, [id, bytes, beginning] to `RANK.jsonl`."""
-
-    name, type = "near-duplicates", "Writer"
-
-    def __init__(self, url: str, folder: Path):
-        super().__init__()
-        self.url, self.folder = url, folder
-
-    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        documents = text_bytes = 0
-        path = Path(self.folder) / f"{rank:05d}"
-        with (
-            open(path.with_suffix(".signatures"), "wb") as signatures,
-            open(path.with_suffix(".jsonl"), "w") as lines,
-        ):
-            for document in read_documents(self.url, rank, world_size):
-                size = len(document.text.encode())
-                signatures.write(signature(document.text).tobytes())
-                lines.write(json.dumps([document.id, size, document.text[:_BEGINNING]]) + "\n")
-                documents, text_bytes = documents + 1, text_bytes + size
-                report_progress(rank, (documents, 0, text_bytes))
+def _write_signatures(url: str, folder: Path, rank: int, ranks: int) -> None:
+    """Writes the signatures of this rank's documents of `url` to `RANK.signatures`, and [id, bytes,
+    beginning] of each to `RANK.jsonl`."""
+    documents = text_bytes = 0
+    path = folder / f"{rank:05d}"
+    with (
+        open(path.with_suffix(".signatures"), "wb") as signatures,
+        open(path.with_suffix(".jsonl"), "w") as lines,
+    ):
+        for document in read_documents(url, rank, ranks):
+            size = len(document.text.encode())
+            signatures.write(signature(document.text).tobytes())
+            lines.write(json.dumps([document.id, size, document.text[:_BEGINNING]]) + "\n")
+            documents, text_bytes = documents + 1, text_bytes + size
+            report_progress(rank, (documents, 0, text_bytes))
 
 
 def find_near_duplicates(
     urls: Sequence[str], out: str | os.PathLike, *, threshold: float, workers: int = 0
 ) -> dict[str, Any]:
-    """Writes the report to `out`, and returns it; it does not depend on `workers` (0: one on each core).
+    """Writes the report to `out` and returns it; it does not depend on `workers` (0: one per core).
 
-    `leave_out` has [{id, duplicate_of, jaccard}]: the document kept of its cluster, and how similar they are by estimate. That is less than the
-    threshold where only others link them (`linked_by_others` counts these). First means: by source as given, then by id, numbers in it as
-    numbers. Raises `BadInput` for sources that cannot be read or overlap, a threshold outside 0.5 to 1, and an `out` that exists.
+    Its `leave_out` lists {id, duplicate_of, jaccard}: the document of the cluster that is kept, and
+    the estimated similarity to it. That can be below the threshold if other documents link the two;
+    `linked_by_others` counts these. The first document of a cluster is kept: by source in the order
+    given, then by id, with numbers compared as numbers. Raises `BadInput` for sources that cannot
+    be read or that overlap, a threshold outside 0.5 to 1, and an `out` that exists.
     """
     out = Path(out)
     if not 0.5 <= threshold <= 1:
         raise BadInput(
-            f"threshold={threshold} must be from 0.5, below which documents of a kind count as copies, to 1"
+            f"threshold={threshold} must be between 0.5 and 1: below 0.5, similar documents count "
+            "as copies"
         )
     if out.exists():
         raise BadInput(f"{out} exists: remove it or choose another --out")
@@ -104,7 +105,7 @@ def find_near_duplicates(
         for url, folder in zip(urls, folders):
             folder.mkdir()
             run_ranks(
-                [WriteSignatures(url, folder)],
+                functools.partial(_write_signatures, url, folder),
                 Executor(workers=workers),
                 name=url,
                 tasks=workers or cores(),
@@ -144,10 +145,12 @@ def _load_documents(folders: Sequence[Path]) -> Iterator[tuple[int, str, int, st
 
 
 def _clusters(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """For each document one document of its cluster: of all that links between similar documents connect.
+    """For each document the root of its cluster: all documents that links between similar ones
+    connect.
 
-    Candidates share a band of hashes (locality-sensitive hashing), of as many hashes as let `_RECALL` of pairs at the threshold through. All pairs
-    of candidates are compared but for those that are connected already: clusters do not depend on the order of documents.
+    Candidates share a band of hashes (locality-sensitive hashing). A band has the most hashes that
+    still find `_RECALL` of the pairs at the threshold. All pairs of candidates are compared, except
+    pairs that are connected already, so that clusters do not depend on the order of documents.
     """
     rows = max(
         rows
@@ -233,17 +236,22 @@ def _report(
 
 
 def load_left_out(path: str | os.PathLike, url: str) -> frozenset[str]:
-    """The ids to leave out, from a report. Raises `BadInput` if it is missing, damaged, something else, or not about `url`."""
+    """The ids to leave out, from a report.
+
+    Raises `BadInput` if the report is missing, damaged, something else, or not about `url`.
+    """
     try:
         report = json.loads(Path(path).read_text())
         if report["format"] != FORMAT:
             raise ValueError
         if url not in report["sources"]:
             raise BadInput(
-                f"{path} is about {', '.join(report['sources'])}, and not {url}: ids begin with the URL, so write it alike"
+                f"{path} is about {', '.join(report['sources'])}, not {url}: write the URL as in "
+                "the report, because ids begin with it"
             )
         return frozenset(entry["id"] for entry in report["leave_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{path} is missing, damaged, or no report of near-duplicates: make it with python tools/near_duplicates.py"
+            f"{path} is missing, damaged, or not a report of near-duplicates: make it with python "
+            "tools/near_duplicates.py"
         ) from error

@@ -1,8 +1,9 @@
-"""A prepared corpus on disk: ArrayRecord shards of one tokenised document, conversation or pair a record, and `manifest.json`, written last, that
-says what is in them.
+"""A prepared corpus on disk: ArrayRecord shards and `manifest.json`, which says what is in them.
 
-A document's record is token ids, raw little-endian, without BOS and EOS; corpus/finetuning.py has the others'. A shard is written under a temporary
-name and renamed when whole.
+A record is a tokenized document, conversation or preference pair. A document's record is its token
+ids, little-endian, without BOS and EOS, in the manifest's `dtype`; data/records.py has the format
+of the others. A shard is written under a temporary name and renamed when it is complete; the
+manifest is written last.
 """
 
 import concurrent.futures
@@ -14,26 +15,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from datatrove.data import Document
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from nanollama_jax.console import console, track
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import write_json
-from nanollama_jax.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-VERIFIED = Path(
-    "logs", "verified.json"
-)  # shard -> its checksum, and what its file was like when that was compared
-_RECORDS = 256  # read at once
-_WORTH_A_LINE = 2**30  # bytes to read before anything else happens
+# Shard -> its checksum, and size, times and inode of its file when the checksum was compared
+VERIFIED = Path("logs", "verified.json")
+_WORTH_A_LINE = 2**30  # reading this many bytes takes long enough to print a line
 
 
 class ShardWriter:
-    """Writes records into `PREFIX-000.array_record`, `-001`, ... of at most `shard_tokens` each; a longer document has one to itself."""
+    """Writes records into `PREFIX-000.array_record`, `-001`, ... of at most `shard_tokens` each.
+
+    A longer record has a shard to itself.
+    """
 
     def __init__(self, directory: Path, prefix: str, shard_tokens: int):
         self._directory, self._prefix, self._shard_tokens = directory, prefix, shard_tokens
@@ -51,14 +50,14 @@ class ShardWriter:
                 "bytes": 0,
             }
             self._temporary = self._directory / f"{self._shard['file']}.tmp"
-            self._writer = ArrayRecordWriter(
-                str(self._temporary), "group_size:1"
-            )  # a group is what one random read decodes
+            # One random read decodes a whole group.
+            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
         self._writer.write(record)
         for key, count in (("documents", 1), ("tokens", tokens), ("bytes", text_bytes)):
             self._shard[key] += count
 
     def close(self) -> list[dict[str, Any]]:
+        """Finishes the last shard. Returns the manifest's entry of each shard."""
         if self._writer:
             self._finish()
         return self._shards
@@ -66,9 +65,7 @@ class ShardWriter:
     def _finish(self) -> None:
         try:
             self._writer.close()
-        except (
-            RuntimeError
-        ) as error:  # writing is in the background: it is here that a full disk shows
+        except RuntimeError as error:  # it writes in the background: a full disk shows only here
             raise BadInput(
                 f"shard {self._temporary} cannot be written ({error}): is the disk full?"
             ) from error
@@ -84,43 +81,45 @@ class ShardWriter:
 
 
 def split_of(key: bytes, validation_fraction: float) -> str:
-    """The split of a document or row, by a hash of `key`: what has the same key is on the same side."""
+    """The split of a record, by a hash of `key`: records with equal keys fall on the same side."""
     hashed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
     return "validation" if hashed < validation_fraction * 2**64 else "train"
 
 
 def totals(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a manifest says of a split: its shards, and their counts together."""
+    """A split's entry in the manifest: its shards and their total counts."""
     return {
         key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")
     } | {"shards": shards}
 
 
 def dtype_for(vocab_size: int) -> str:
-    """How a document's ids are stored."""
+    """The dtype that a document's ids are stored in."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def load_manifest(directory: str | os.PathLike) -> dict[str, Any]:
-    """The manifest of a prepared corpus. Raises `BadInput` if there is none, or it is damaged."""
+    """The manifest of a prepared corpus. Raises `BadInput` if it is missing or damaged."""
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
         _check_manifest(manifest)
     except FileNotFoundError as error:
         raise BadInput(
-            f"{directory} is not prepared: run python tools/prepare_data.py --config with the same config first"
+            f"{directory} is not prepared: run python tools/prepare_data.py --config with the same "
+            "config first"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(
-            f"{path} is damaged ({reason}): restore it from a copy, or remove {directory} and prepare it again"
+            f"{path} is damaged ({reason}): restore it from a copy, or remove {directory} and "
+            "prepare it again"
         ) from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raises what a manifest causes that `prepare_source` or finetuning's `prepare` did not write."""
+    """Raises ValueError, KeyError or TypeError for a manifest that preparation did not write."""
     vocab_size = manifest.get("vocab_size") if isinstance(manifest, dict) else None
     if not isinstance(manifest["tokenizer_sha256"], str) or not isinstance(
         manifest.get("kind", ""), str
@@ -140,11 +139,14 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
                 raise ValueError(f"{split}: file={shard['file']!r}, sha256={shard['sha256']!r}")
         for key in ("documents", "tokens"):
             if counted[key] != (total := sum(shard[key] for shard in counted["shards"])):
-                raise ValueError(f"{split}: {key}={counted[key]!r}, and its shards have {total}")
+                raise ValueError(f"{split}: {key}={counted[key]!r}, but its shards have {total}")
 
 
 def finished(directory: str | os.PathLike, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a corpus that is there whole. Raises `BadInput` if it was made with other inputs, or a shard is missing or damaged."""
+    """The manifest of a corpus that is prepared already, its shards verified; None if it is not.
+
+    Raises `BadInput` if it was prepared with other inputs, or a shard is missing or damaged.
+    """
     if not (Path(directory) / MANIFEST).exists():
         return None
     manifest = load_manifest(directory)
@@ -158,73 +160,56 @@ def split_shards(directory: str | os.PathLike, manifest: dict[str, Any], split: 
     return [Path(directory) / shard["file"] for shard in manifest["splits"][split]["shards"]]
 
 
-def read_documents(directory: str | os.PathLike, tokenizer: Tokenizer) -> Iterator[Document]:
-    """The text of a prepared corpus, in the order of its shards; ids are SHARD:RECORD. Raises `BadInput` as `load_manifest` does."""
-    directory, manifest = Path(directory), load_manifest(directory)
-    if kind := manifest.get("kind"):
-        raise BadInput(f"{directory} holds {kind}: name a corpus of documents")
-    if manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise BadInput(
-            f"{directory} was tokenised with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}): name that one"
-        )
-    verify_shards(directory, manifest)
-    for split in SPLITS:
-        for path in split_shards(directory, manifest, split):
-            with naming_shard(path):
-                reader = ArrayRecordReader(str(path))
-            for start in range(0, reader.num_records(), _RECORDS):
-                with naming_shard(path):
-                    records = reader.read(start, min(start + _RECORDS, reader.num_records()))
-                for number, record in enumerate(records, start):
-                    yield Document(
-                        text=tokenizer.decode(np.frombuffer(record, manifest["dtype"]).tolist()),
-                        id=f"{path}:{number + 1}",
-                    )
-
-
 def check_same_inputs(out_dir: str | os.PathLike, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises `BadInput` that names what a corpus was made of or with, where that is not the same now, and says how to keep what is there."""
+    """Raises `BadInput` that names the first input that differs, and says how to keep or redo what
+    is there. `old` is the manifest of a finished corpus, or the inputs of an unfinished one."""
     finished = "splits" in old
-    anew = f"remove {out_dir}, or choose another data.dir"
+    start_over = f"remove {out_dir}, or choose another data.dir"
     if finished:
-        anew = f"choose another data.dir (remove {out_dir} only if no run trains on it)"
+        start_over = f"choose another data.dir (remove {out_dir} only if no run trains on it)"
     for key, value in new.items():
+        had, url = old.get(key), new["url"]
         if key in ("file_sizes", "files_sha256"):
-            if old.get(key, value) != value:
-                if finished:
-                    raise BadInput(
-                        f"files of {new['url']} were changed since {out_dir} was prepared: put them back, or move them away, to use "
-                        f"what was prepared; to prepare what they hold now, {anew}"
-                    )
+            if had in (None, value):
+                continue
+            if finished:
                 raise BadInput(
-                    f"files of {new['url']} were changed since {out_dir} was begun: if lines were added or removed, remove {out_dir} and prepare "
-                    f"it again; if a line was mended in its place, remove {out_dir}/logs/inputs.json and run the same command"
+                    f"files of {url} were changed since {out_dir} was prepared: put them back, or "
+                    "move them away, to use what was prepared; to prepare what they hold now, "
+                    f"{start_over}"
                 )
-            continue
-        if key == "files" and old.get(key, value) != value:
             raise BadInput(
-                f"{out_dir} was prepared from another list of files than {new['url']} now matches ({old[key]['count']} then, "
-                f"{value['count']} now): put back the files of before to use what is there; to prepare the new list, {anew}"
+                f"files of {url} were changed since {out_dir} was begun: if lines were added or "
+                f"removed, remove {out_dir} and prepare it again; if a line was corrected in its "
+                f"place, remove {out_dir}/logs/inputs.json and rerun the command"
             )
-        if key == "rows_sha256" and old.get(key) != value:
+        if key == "files" and had not in (None, value):
             raise BadInput(
-                f"{out_dir} was prepared when {new['url']} gave other rows, or that was not noted: {anew}"
+                f"{out_dir} was prepared from another list of files than {url} now matches "
+                f"({had['count']} then, {value['count']} now): put back the files of before to use "
+                f"what is there; to prepare the new list, {start_over}"
             )
-        if (
-            old.get(key, type(value)()) != value
-        ):  # a corpus of before there was such a setting had none
+        if key == "rows_sha256" and had != value:
             raise BadInput(
-                f"{out_dir} was prepared with {key}={old.get(key)!r}, not {value!r}: set it back to use what is there, or {anew}"
+                f"{out_dir} was prepared when {url} gave other rows, or that was not noted: "
+                f"{start_over}"
+            )
+        # An earlier version had no such setting.
+        if old.get(key, type(value)()) != value:
+            raise BadInput(
+                f"{out_dir} was prepared with {key}={had!r}, not {value!r}: set it back to use "
+                f"what is there, or {start_over}"
             )
 
 
 def verify_shards(
     directory: str | os.PathLike, manifest: dict[str, Any], *, just_written: bool = False
 ) -> None:
-    """Raises `BadInput` that names the first shard which is missing or is not as it was written.
+    """Raises `BadInput` that names the first shard that is missing or not as it was written.
 
-    A shard is read, on all cores at once, only where `VERIFIED` does not know its file: by size, times and inode, so a file that was
-    copied, changed or swapped for another is read anew. `just_written`: the checksums in the manifest were computed here and now.
+    A shard is read only if its file is not known to `VERIFIED` by size, times and inode: a file
+    that was copied, changed or swapped is read again. `just_written` means that the checksums in
+    the manifest have just been computed from these files.
     """
     directory, looks = Path(directory), {}
     remedy = f"restore it from a copy, or remove {directory} and prepare it again"
@@ -236,7 +221,7 @@ def verify_shards(
             raise BadInput(f"shard {path} is missing: {remedy}") from error
         if found.st_size != shard["size"]:
             raise BadInput(
-                f"shard {path} has {found.st_size:,} bytes where there were {shard['size']:,}: {remedy}"
+                f"shard {path} has {found.st_size:,} bytes instead of {shard['size']:,}: {remedy}"
             )
         looks[shard["file"]] = [
             shard["sha256"],
@@ -251,7 +236,8 @@ def verify_shards(
         return
     if (total := sum(looks[file][1] for file in unknown)) > _WORTH_A_LINE:
         console.print(
-            f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} GB; once, if they stay as they are"
+            f"{directory}: comparing the checksums of {len(unknown)} shards, {total / 1e9:,.1f} "
+            "GB; once, unless they change"
         )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         checksums = pool.map(_checksum, [directory / file for file in unknown])
@@ -261,13 +247,15 @@ def verify_shards(
             if checksum != looks[file][0]:
                 pool.shutdown(cancel_futures=True)
                 raise BadInput(
-                    f"shard {directory / file} is damaged or another one's, its checksum differs: {remedy}"
+                    f"shard {directory / file} is damaged or was replaced: its checksum differs: "
+                    f"{remedy}"
                 )
     try:
         write_json(directory / VERIFIED, looks)
     except OSError as error:
         console.print(
-            f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares the checksums again"
+            f"{directory / VERIFIED} cannot be written ({error.strerror}): the next start compares "
+            "the checksums again"
         )
 
 
@@ -286,12 +274,12 @@ def _checksum(path: Path) -> str:
 
 @contextlib.contextmanager
 def naming_shard(path: Path) -> Iterator[None]:
-    """Inside, what ArrayRecord raises for a damaged file becomes a `BadInput` that names it."""
+    """Turns what ArrayRecord raises for a damaged file into a `BadInput` that names the file."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput(
-            f"shard {path} cannot be read ({reason}): restore it from a copy, or remove {path.parent} and prepare it again; "
-            "then run the same command: checkpoints are intact"
+            f"shard {path} cannot be read ({reason}): restore it from a copy, or remove "
+            f"{path.parent} and prepare it again; then rerun the command: checkpoints are intact"
         ) from error

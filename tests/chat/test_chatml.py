@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from nanollama_jax import checkpoint
 from nanollama_jax.chat import chatml as chat
-from nanollama_jax.chat.conversations import Message, ToolCall, parse_conversation, read_rows
+from nanollama_jax.chat.conversations import Message, ToolCall, parse_conversation
+from nanollama_jax.corpus.rows import read_rows
 from nanollama_jax.errors import BadInput
 from nanollama_jax.export import gguf
 from nanollama_jax.export.compare import LlamaCpp

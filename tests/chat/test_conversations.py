@@ -16,9 +16,9 @@ from nanollama_jax.chat.conversations import (
     ToolCall,
     parse_conversation,
     parse_tools,
-    read_rows,
 )
 from nanollama_jax.chat.preference import parse_preference, parse_row
+from nanollama_jax.corpus.rows import read_rows
 from nanollama_jax.errors import BadInput
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from nanollama_jax.chat.conversations import parse_conversation, read_rows
+from nanollama_jax.chat.conversations import parse_conversation
 from nanollama_jax.chat.oasst import conversations
+from nanollama_jax.corpus.rows import read_rows
 from nanollama_jax.corpus.sources import read_documents, read_records
 from nanollama_jax.errors import BadInput
 

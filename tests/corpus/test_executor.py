@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -9,42 +10,37 @@ import time
 from multiprocessing import forkserver
 
 import pytest
-from datatrove.pipeline.base import PipelineStep
 
 from nanollama_jax import tokenizer
 from nanollama_jax.corpus import executor, prepare
 from nanollama_jax.corpus.executor import Executor, run_ranks
 from nanollama_jax.errors import BadInput
+from nanollama_jax.files import locked
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = Executor()
 
 
-class Upper(PipelineStep):
+def upper(folder: pathlib.Path, rank: int, ranks: int) -> str:
     """Copies FOLDER/in/RANK to FOLDER/out/RANK in capitals; some inputs are orders."""
-
-    name, type = "upper", "Writer"
-
-    def __init__(self, folder: pathlib.Path):
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data=None, rank: int = 0, world_size: int = 1):
-        text = (self.folder / "in" / str(rank)).read_text()
-        if text == "bad":
-            raise BadInput(f"in/{rank} is bad")
-        if text == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if text == "sleep":
-            (self.folder / "asleep").touch()
-            time.sleep(60)
-        if text == "process":
-            text = f"{os.getppid()} {'jax' in sys.modules} {'nanollama_jax.corpus.prepare' in sys.modules}"
-        (self.folder / "out" / str(rank)).write_text(text.upper())
+    text = (folder / "in" / str(rank)).read_text()
+    if text == "bad":
+        raise BadInput(f"in/{rank} is bad")
+    if text == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text == "sleep":
+        (folder / "asleep").touch()
+        time.sleep(60)
+    if text == "process":
+        loaded = [name in sys.modules for name in ("jax", "nanollama_jax.corpus.prepare")]
+        text = f"{os.getppid()} {loaded[0]} {loaded[1]}"
+    (folder / "out" / str(rank)).write_text(text.upper())
+    return text.upper()
 
 
-def run(folder: pathlib.Path, how: Executor = LOCAL) -> bool:
-    return run_ranks([Upper(folder)], how, name="letters", tasks=3, logs=folder / "logs")
+def run(folder: pathlib.Path, how: Executor = LOCAL) -> list[str] | None:
+    work = functools.partial(upper, folder)
+    return run_ranks(work, how, name="letters", tasks=3, logs=folder / "logs")
 
 
 @pytest.fixture
@@ -69,11 +65,11 @@ def times(folder) -> dict[pathlib.Path, int]:
 
 
 def assert_complete(folder, before: dict[pathlib.Path, int]):
-    """All ranks have output, log and stats; what there was `before` is untouched."""
+    """All ranks have output and result, none has failed; what there was `before` is untouched."""
     assert outputs(folder) == {"0": "A", "1": "B", "2": "C"}
-    for rank in range(3):
-        assert "Processing done for" in (folder / f"logs/logs/task_0000{rank}.log").read_text()
-        assert (folder / f"logs/stats/0000{rank}.json").stat().st_size
+    for rank, letter in enumerate("ABC"):
+        assert json.loads((folder / f"logs/ranks/0000{rank}.json").read_text()) == letter
+        assert not (folder / f"logs/ranks/0000{rank}.log").exists()
     assert before.items() <= times(folder).items(), "a finished rank was done again"
 
 
@@ -108,9 +104,12 @@ def start(folder, kind: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(kind="dask"), "executor 'dask' is unknown: there are local, slurm, ray"),
+        (dict(kind="dask"), "executor 'dask' is unknown: choose one of local, ray"),
         (dict(workers=-1), "workers=-1 must be at least 1"),
-        (dict(kind="slurm"), "executor slurm needs a partition"),
+        (dict(num_ranks=-1), "num_ranks=-1 must be at least 1"),
+        (dict(rank=0), "rank=0 must be at least 0 and below num_ranks"),
+        (dict(rank=3, num_ranks=3), "rank=3 must be at least 0 and below num_ranks"),
+        (dict(rank=-1, num_ranks=3), "rank=-1 must be at least 0 and below num_ranks"),
     ],
 )
 def test_an_executor_that_cannot_be(wrong, message):
@@ -127,7 +126,7 @@ def test_workers_are_forks_of_one_server_that_imported_what_they_need(folder, mo
     path = os.environ.get("PYTHONPATH")
     write(folder, "process", "process", "process")
     assert run(folder, Executor(workers=2))
-    (folder / "logs/completions/00001").unlink()
+    (folder / "logs/ranks/00001.json").unlink()
     assert run(folder)
     assert set(outputs(folder).values()) == {f"{forkserver._forkserver._forkserver_pid} FALSE TRUE"}
     assert os.environ.get("PYTHONPATH") == path
@@ -138,18 +137,19 @@ def test_workers_are_forks_of_one_server_that_imported_what_they_need(folder, mo
     )
 
 
-def test_a_finished_pipeline_starts_nothing(folder, monkeypatch):
+def test_a_finished_job_starts_nothing(folder, monkeypatch):
     assert run(folder)
-    monkeypatch.setattr(executor.PoolExecutor, "run", None)
-    for how in (LOCAL, Executor("ray"), Executor("slurm", partition="cpu")):
-        assert run(folder, how)
+    for name in ("_run_on_cores", "_run_on_ray", "_run_rank"):
+        monkeypatch.setattr(executor, name, None)
+    for how in (LOCAL, Executor("ray")):
+        assert run(folder, how) == ["A", "B", "C"]
 
 
 def test_a_worker_that_is_killed_is_bad_input_and_the_next_call_starts_others(folder):
     write(folder, "a", "kill", "c")
     with pytest.raises(
         BadInput,
-        match=r"^a worker preparing letters was killed \(out of memory\?\): run the same command to go on from there$",
+        match=r"^a worker preparing letters was killed \(out of memory\?\): rerun the command to resume$",
     ):
         run(folder, Executor(workers=1))
     before = times(folder)
@@ -162,16 +162,16 @@ def test_a_worker_that_is_killed_is_bad_input_and_the_next_call_starts_others(fo
 def test_ctrl_c_is_one_line(folder, moment):
     write(folder, "sleep", "sleep", "sleep")
     process = start(folder, "local")
-    sign = folder / ("logs/executor.json" if moment == "importing" else "asleep")
+    sign = folder / ("logs/ranks" if moment == "importing" else "asleep")
     while not sign.exists():
         assert process.poll() is None
         time.sleep(0.005)
     if moment == "importing":
-        time.sleep(0.3)  # executor.json is written just before the server starts
+        time.sleep(0.3)  # the folder is made just before the server starts
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes of the group
     assert process.communicate(timeout=30) == (
         "",
-        "error: stopped; run the same command to go on\n",
+        "error: stopped; rerun the command to resume\n",
     )
     assert process.returncode == 2
 
@@ -194,17 +194,15 @@ def test_ranks_that_fail_on_ray_are_named_and_redone_alone(folder, ray_cluster, 
     write(folder, "a", "bad", "kill")
     process = start(folder, "ray")  # on a cluster that it starts
     out, errors = process.communicate(timeout=60)
-    reason = f"rank 1 failed, and so did 1 more: in/1 is bad ({folder}/logs/logs/task_00001.log)"
-    assert (
-        errors
-        == f"error: letters: {reason}: mend that, and the same command redoes what failed, alone\n"
-    )
+    reason = f"rank 1 failed, and 1 more: in/1 is bad ({folder}/logs/ranks/00001.log)"
+    remedy = "fix this and rerun; only the ranks that failed run again"
+    assert errors == f"error: letters: {reason}: {remedy}\n"
     assert process.returncode == 2 and re.fullmatch(r"(letters: \d/3 ranks, \d+ s\n)*", out)
     assert outputs(folder) == {"0": "A"}
     before = times(folder)
     assert (
         "The worker died unexpectedly"
-        in (folder / "logs/logs/task_00002.log").read_text().splitlines()[-1]
+        in (folder / "logs/ranks/00002.log").read_text().splitlines()[-1]
     )
 
     write(folder, "a", "b", "c")
@@ -216,32 +214,44 @@ def test_ranks_that_fail_on_ray_are_named_and_redone_alone(folder, ray_cluster, 
     assert re.fullmatch(r"(letters: \d/3 ranks, \d+ s\n)+", out) and "3/3" in out and errors == ""
 
 
-def test_ray_prepares_the_same_bytes_as_this_machine(ray_cluster, tmp_path, monkeypatch):
+def _corpus(folder: pathlib.Path):
+    """Prepares a small corpus into FOLDER/NAME with an executor."""
     texts = [f"document {i}, which says {'very ' * (i % 50)}little" for i in range(500)]
-    (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    )
-    tokenizer.train(texts, tmp_path / "t.model", 290, 10**6)
-    prepare_in = lambda name, how: prepare.prepare_source(  # noqa: E731
-        "corpus",
-        f"file://{tmp_path}/texts.jsonl",
-        "",
-        tmp_path / name,
-        tmp_path / "t.model",
-        validation_fraction=0.1,
-        tasks=4,
-        executor=how,
-    )
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    tokenizer.train(texts, folder / "t.model", 290, 10**6)
+
+    def prepare_in(name: str, how: Executor, validation_fraction: float = 0.1):
+        return prepare.prepare_source(
+            "corpus",
+            f"file://{folder}/texts.jsonl",
+            "",
+            folder / name,
+            folder / "t.model",
+            validation_fraction=validation_fraction,
+            tasks=4,
+            executor=how,
+        )
+
+    return prepare_in
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert len(files) == 9  # four ranks' two splits, and the manifest
+    return files
+
+
+def times_of(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+
+
+def test_ray_prepares_the_same_bytes_as_this_machine(ray_cluster, tmp_path, monkeypatch):
+    prepare_in = _corpus(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
     assert prepare_in("ray", Executor("ray")) == prepare_in("local", LOCAL)
-    files = [
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
-        for name in ("ray", "local")
-    ]
-    assert files[0] == files[1] and len(files[0]) == 9  # four ranks' two splits, and the manifest
-    for path in ("logs/logs/task_00003.log", "logs/stats/00003.json", "logs/completions/00003"):
-        assert (tmp_path / "ray" / path).exists()
-    assert '"tokens"' in (tmp_path / "ray/logs/stats/00003.json").read_text()
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert json.loads((tmp_path / "ray/logs/ranks/00003.json").read_text())["train"]
 
 
 def test_without_ray_one_line_says_what_to_install(folder, monkeypatch):
@@ -253,108 +263,47 @@ def test_without_ray_one_line_says_what_to_install(folder, monkeypatch):
     assert f"ray=={executor.RAY_VERSION}\n" in (ROOT / "requirements-dev.txt").read_text()
 
 
-# Slurm, of which these stand-ins run a job's script at once, in an empty environment; squeue lists what is written in the file `queue`
-
-SLURM_COMMANDS = {
-    "sbatch": r"""
-        script="${@: -1}"
-        cp "$script" ../submitted
-        last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$script")
-        for i in $(seq 0 "$last"); do
-            env -i PATH="$PWD:/usr/bin:/bin" SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=node1 RUN_OFFSET=0 bash "$script" > ../output_$i 2>&1 &
-        done
-        wait
-        echo Submitted batch job 4711""",
-    "srun": '[ "$1 $2 $3" = "-l -n 1" ] && shift 3 && exec "$@"',
-    "scontrol": '[ "$*" = "show hostnames node1" ] && echo node1',
-    "squeue": '[ "$*" = "--noheader --jobs=4711" ] && cat ../queue 2>/dev/null || { echo Invalid job id specified >&2; exit 1; }',
-}
+# An array of processes
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> pathlib.Path:
-    (tmp_path / "bin").mkdir()
-    for name, text in SLURM_COMMANDS.items():
-        (tmp_path / "bin" / name).write_text(f'#!/bin/bash\ncd "{tmp_path}/bin"\n{text}\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    return tmp_path
-
-
-SLURM = Executor("slurm", workers=2, partition="cpu", time="1:00:00", memory_gb=3)
-SUBMITTED = "when it has ended (squeue --jobs=4711), run the same command again: it redoes failed ranks alone, and completes the corpus\n"
-
-
-def test_a_rank_that_fails_on_slurm_is_named_and_redone_alone(folder, slurm, capfd):
+def test_an_array_of_processes_shares_the_ranks(folder):
     write(folder, "a", "bad", "c")
-    assert run(folder, SLURM) is False
-    assert capfd.readouterr() == (
-        f"letters: submitted Slurm job 4711 for 3 of 3 ranks: {SUBMITTED}",
-        "",
-    )
-    directives = re.findall(r"^#SBATCH --(.*)$", (slurm / "submitted").read_text(), re.MULTILINE)
-    output = f"{folder}/logs/slurm_logs/%A_%a.out"
-    assert set(directives) == {
-        "cpus-per-task=1",
-        "mem-per-cpu=3G",
-        "nodes=1",
-        "partition=cpu",
-        "job-name=prepare_letters",
-        "time=1:00:00",
-        f"output={output}",
-        f"error={output}",
-        "array=0-2%2",
-        "requeue",
-    }
-    before = times(folder)
+    assert run(folder, Executor(num_ranks=2)) is None
+    assert outputs(folder) == {}
+    assert run(folder, Executor(num_ranks=2, rank=0)) is None
     assert outputs(folder) == {"0": "A", "2": "C"}
+    with pytest.raises(BadInput, match="^in/1 is bad$"):
+        run(folder, Executor(num_ranks=2, rank=1))
+    assert "in/1 is bad" in (folder / "logs/ranks/00001.log").read_text()
+    before = times(folder)
 
-    for how in (SLURM, LOCAL):
-        (slurm / "queue").write_text("4711_[0-2] cpu prepare_letters PD\n")
-        assert run(folder, how) is False
-        assert (
-            capfd.readouterr().out
-            == "letters: Slurm job 4711 is not over yet (squeue --jobs=4711): run the same command again when it is\n"
-        )
-        assert times(folder) == before
-
-    (slurm / "queue").unlink()
     write(folder, "a", "b", "c")
-    assert run(folder, SLURM) is False
-    log = folder / "logs/logs/task_00001.log"
-    failed = f"letters: rank 1 failed: in/1 is bad ({log})\n"
-    assert (
-        capfd.readouterr().out
-        == f"{failed}letters: submitted Slurm job 4711 for 1 of 3 ranks: {SUBMITTED}"
-    )
-    assert "#SBATCH --array=0-0%2\n" in (slurm / "submitted").read_text()
-    assert run(folder, SLURM) is True
-    assert capfd.readouterr() == ("", "")
+    for rank in range(2):  # the array again: it redoes what failed, alone
+        assert run(folder, Executor(num_ranks=2, rank=rank)) is None
+    assert_complete(folder, before)
+    assert run(folder) == ["A", "B", "C"]
     assert_complete(folder, before)
 
 
-def test_what_slurm_does_not_do(folder, slurm, monkeypatch, capfd):
-    (slurm / "bin/sbatch").write_text(
-        "#!/bin/bash\necho sbatch: error: invalid partition specified: cpu >&2\nexit 1\n"
-    )
-    with pytest.raises(
-        BadInput,
-        match=r"sbatch refused the job of letters \(exit status 1\): what it said stands above",
+def test_a_rank_runs_in_one_process_at_a_time(folder):
+    (folder / "logs/ranks").mkdir()
+    with (
+        locked(folder / "logs/ranks/00001.lock", ""),
+        pytest.raises(BadInput, match="rank 1 of .* is running in another process: wait for it"),
     ):
-        run(folder, SLURM)
-    assert capfd.readouterr().err == "sbatch: error: invalid partition specified: cpu\n"
-    (folder / "logs/slurm_job").write_text("4711")
-    (slurm / "bin/squeue").write_text(
-        "#!/bin/bash\necho slurm_load_jobs error: Unable to contact slurm controller >&2\nexit 1\n"
-    )
-    with pytest.raises(
-        BadInput,
-        match=r"squeue does not tell whether job 4711 is over: .*Unable to contact slurm controller: try again later",
-    ):
-        run(folder, SLURM)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with pytest.raises(BadInput, match="no squeue here tells whether it is over"):
-        run(folder)
-    (folder / "logs/slurm_job").unlink()
-    with pytest.raises(BadInput, match="there is no sbatch here: run this on a login node"):
-        run(folder, SLURM)
+        run(folder, Executor(num_ranks=3, rank=1))
+    assert outputs(folder) == {}
+
+
+def test_an_array_prepares_the_same_bytes_as_this_machine(tmp_path):
+    prepare_in = _corpus(tmp_path)
+    with pytest.raises(BadInput, match="array is not set up: run this once without rank"):
+        prepare_in("array", Executor(num_ranks=3, rank=1))
+    for rank in (None, 2, 0, 1):
+        assert prepare_in("array", Executor(num_ranks=3, rank=rank)) is None
+    with pytest.raises(BadInput, match=r"validation_fraction=0\.1, not 0\.2"):
+        prepare_in("array", Executor(num_ranks=3, rank=1), validation_fraction=0.2)
+    before = times_of(tmp_path / "array")
+    assert prepare_in("array", LOCAL) == prepare_in("local", LOCAL)
+    assert before.items() <= times_of(tmp_path / "array").items()
+    assert contents(tmp_path / "array") == contents(tmp_path / "local")

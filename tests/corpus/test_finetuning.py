@@ -6,12 +6,16 @@ import pytest
 
 from nanollama_jax import checkpoint
 from nanollama_jax.chat import chatml as chat
-from nanollama_jax.chat.conversations import Message, parse_conversation, read_rows
+from nanollama_jax.chat.conversations import Message, parse_conversation
 from nanollama_jax.chat.preference import parse_preference
-from nanollama_jax.corpus import finetuning, sources
-from nanollama_jax.data import pipeline, rows, shards
+from nanollama_jax.corpus import finetuning
+from nanollama_jax.corpus.rows import read_rows
+from nanollama_jax.corpus.sources import read_prepared
+from nanollama_jax.data import pipeline, rows
+from nanollama_jax.data.records import SAID
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked
+from nanollama_jax.synthetic import urls
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train import loop
 
@@ -103,14 +107,10 @@ def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
         for split in ("train", "validation")
         for unit in opened(tmp_path, tokenizer, "conversations", split).units
     ]
-    assert (
-        sorted((unit & ~finetuning.SAID).tolist() for unit in found) == fitting
-        and len(fitting) > 50
-    )
+    assert sorted((unit & ~SAID).tolist() for unit in found) == fitting and len(fitting) > 50
     said = {tuple(e.ids.tolist()): e.learnt.tolist() for e in expected}
     assert all(
-        (unit >> 31).astype(bool).tolist() == said[tuple((unit & ~finetuning.SAID).tolist())]
-        for unit in found
+        (unit >> 31).astype(bool).tolist() == said[tuple((unit & ~SAID).tolist())] for unit in found
     )
     assert manifest["left_out"] == {
         "bad": 0,
@@ -146,9 +146,7 @@ def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path)
     assert len(found) > 50 and all(len(unit) == 2 for unit in found)
     for unit in found:
         for side in unit:
-            assert (side >> 31).astype(bool).tolist() == sides[
-                tuple((side & ~finetuning.SAID).tolist())
-            ]
+            assert (side >> 31).astype(bool).tolist() == sides[tuple((side & ~SAID).tolist())]
 
 
 def test_a_pair_is_chosen_then_rejected_and_has_its_tools(tokenizer, tmp_path):
@@ -162,11 +160,11 @@ def test_a_pair_is_chosen_then_rejected_and_has_its_tools(tokenizer, tmp_path):
     ((chosen, rejected),) = opened(tmp_path, tokenizer, "preferences").units
     for side, answer in ((chosen, "x"), (rejected, "y")):
         prompt = chat.encode_prompt([Message(**message) for message in asked], tokenizer, TOOLS)
-        assert (side & ~finetuning.SAID)[: len(prompt)].tolist() == prompt and not (
+        assert (side & ~SAID)[: len(prompt)].tolist() == prompt and not (
             side[: len(prompt)] >> 31
         ).any()
         said = side[len(prompt) :]
-        assert tokenizer.show(said[said >> 31 == 1] & ~finetuning.SAID) == f"{answer}<|im_end|>"
+        assert tokenizer.show(said[said >> 31 == 1] & ~SAID) == f"{answer}<|im_end|>"
 
 
 def test_what_is_not_to_be_trained_on_weighs_nothing(tokenizer, tmp_path):
@@ -196,7 +194,7 @@ def test_of_a_pair_too(tokenizer, tmp_path):
     made = [PAIR | {"chosen": chosen, "rejected": "y", "tools": TOOLS}]
     prepare(tmp_path, tokenizer, made, kind="preferences")
     sides = opened(tmp_path, tokenizer, "preferences").units[0]
-    said = [tokenizer.show((side[side >> 31 == 1] & ~finetuning.SAID).tolist()) for side in sides]
+    said = [tokenizer.show((side[side >> 31 == 1] & ~SAID).tolist()) for side in sides]
     assert said == ["x<|im_end|>", "y<|im_end|>"]
 
 
@@ -218,7 +216,7 @@ def test_rows_are_not_in_the_order_of_the_file(tokenizer, tmp_path):
     prepare(tmp_path, tokenizer, [{"question": f"{i:02}", "answer": "b"} for i in range(50)])
     found, again = (
         [
-            tokenizer.decode(unit[0] & ~finetuning.SAID)
+            tokenizer.decode(unit[0] & ~SAID)
             for unit in opened(tmp_path, tokenizer, "conversations").units
         ]
         for _ in range(2)
@@ -233,7 +231,7 @@ def test_one_question_is_on_one_side(tokenizer, tmp_path):
     for split in ("train", "validation"):
         units = opened(tmp_path, tokenizer, "conversations", split).units
         asked[split] = {
-            tokenizer.decode((unit[0] & ~finetuning.SAID).tolist()).split("?")[0] for unit in units
+            tokenizer.decode((unit[0] & ~SAID).tolist()).split("?")[0] for unit in units
         }
     assert (
         len(asked["train"]) + len(asked["validation"]) == 50 and 5 < len(asked["validation"]) < 30
@@ -337,7 +335,7 @@ def test_prepared_again(tokenizer, tmp_path):
 
 
 def test_made_rows_of_another_version_are_refused(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(sources._GENERATED, "tools", lambda split, index: GOOD)
+    monkeypatch.setitem(urls.GENERATED, "tools", lambda split, index: GOOD)
     url = "builtin://tools?rows=7"
     first = prepare(tmp_path, tokenizer, [], url=url)
     assert (
@@ -345,7 +343,7 @@ def test_made_rows_of_another_version_are_refused(tokenizer, tmp_path, monkeypat
         and prepare(tmp_path, tokenizer, [], url=url) == first
     )
     monkeypatch.setitem(
-        sources._GENERATED,
+        urls.GENERATED,
         "tools",
         lambda split, index: GOOD if index < 6 else GOOD | {"kind": "none"},
     )
@@ -357,9 +355,9 @@ def test_made_rows_of_another_version_are_refused(tokenizer, tmp_path, monkeypat
 
 
 def test_prepared_by_one_process_at_a_time(tokenizer, tmp_path):
-    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats/logs").mkdir(parents=True)
     with (
-        locked(tmp_path / "chats" / "lock", ""),
+        locked(tmp_path / "chats/logs/lock", ""),
         pytest.raises(BadInput, match="is being prepared by another process"),
     ):
         prepare(tmp_path, tokenizer, [GOOD])
@@ -381,7 +379,7 @@ def test_a_longer_conversation_is_on_the_side_of_its_beginning(tokenizer, tmp_pa
     prepare(tmp_path, tokenizer, made, kind="preferences", validation_fraction=0.5)
     for split in ("train", "validation"):
         texts = [
-            tokenizer.decode(unit[0] & ~finetuning.SAID)
+            tokenizer.decode(unit[0] & ~SAID)
             for unit in opened(tmp_path, tokenizer, "preferences", split).units
         ]
         begun = sorted(text.split("\n")[1] for text in texts)
@@ -450,7 +448,7 @@ def test_a_row_that_holds_an_item_of_a_benchmark_is_left_out(tokenizer, tmp_path
 def test_it_is_no_corpus_of_documents(tokenizer, tmp_path):
     prepare(tmp_path, tokenizer, [GOOD])
     with pytest.raises(BadInput, match="chats holds conversations: name a corpus of documents"):
-        list(shards.read_documents(tmp_path / "chats", tokenizer))
+        list(read_prepared(tmp_path / "chats", tokenizer))
 
 
 def test_nothing_to_train_on(tokenizer, trained, tmp_path):

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import sentencepiece
 from array_record.python.array_record_module import ArrayRecordReader
-from datatrove.data import Document
 from ml_collections import ConfigDict
 from sentencepiece import sentencepiece_model_pb2
 
 from nanollama_jax import tokenizer
-from nanollama_jax.corpus import executor, prepare
+from nanollama_jax.corpus import executor, prepare, preparer, sources
 from nanollama_jax.corpus.executor import Executor
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
@@ -97,10 +96,10 @@ def test_the_shards_hold_exactly_sentencepieces_ids(prepared, texts, model):
     manifest = shards.load_manifest(prepared)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = {text: processor.encode(text) for text in texts}
-    found = {split: [] for split in prepare.SPLITS}
-    for split in prepare.SPLITS:
+    found = {split: [] for split in shards.SPLITS}
+    for split in shards.SPLITS:
         for path, shard in zip(
-            prepare.split_shards(prepared, manifest, split),
+            shards.split_shards(prepared, manifest, split),
             manifest["splits"][split]["shards"],
             strict=True,
         ):
@@ -142,23 +141,22 @@ def test_the_number_of_workers_does_not_matter(corpus, model, prepared, tmp_path
 def test_the_same_text_is_always_on_the_same_side(corpus, model, tmp_path):
     (tmp_path / "twice.jsonl").write_text(corpus.read_text() * 2)
     manifest = run(tmp_path / "twice.jsonl", model, tmp_path / "out", tasks=2)
-    sides = {split: [] for split in prepare.SPLITS}
-    for split in prepare.SPLITS:
-        for path in prepare.split_shards(tmp_path / "out", manifest, split):
+    sides = {split: [] for split in shards.SPLITS}
+    for split in shards.SPLITS:
+        for path in shards.split_shards(tmp_path / "out", manifest, split):
             sides[split] += map(tuple, read_ids(path, manifest))
     assert not set(sides["train"]) & set(sides["validation"])
     assert all(side.count(ids) == 2 for side in sides.values() for ids in set(side))
 
 
 def test_a_split_key_decides_instead_of_the_text(model, tmp_path, monkeypatch):
-    documents = [
-        Document(text=f"text {i}", id=str(i), metadata={"split_key": str(i // 20)})
-        for i in range(200)
-    ]
-    (tmp_path / "logs/shards").mkdir(parents=True)
-    list(prepare.WriteTokens(tmp_path, tokenizer.Tokenizer(model), 0.5, 10**6).run(documents))
-    shards = json.loads((tmp_path / "logs/shards/00000.json").read_text())
-    counts = [sum(shard["documents"] for shard in shards[split]) for split in prepare.SPLITS]
+    documents = [sources.Document(f"text {i}", str(i), split_key=str(i // 20)) for i in range(200)]
+    monkeypatch.setattr(prepare, "read_documents", lambda *_: iter(documents))
+    (tmp_path / "texts.jsonl").write_text("")
+    manifest = run(
+        tmp_path / "texts.jsonl", model, tmp_path / "out", validation_fraction=0.5, tasks=1
+    )
+    counts = [manifest["splits"][split]["documents"] for split in shards.SPLITS]
     assert sum(counts) == 200 and min(counts) > 0 and counts[0] % 20 == 0
 
 
@@ -166,7 +164,7 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
     def refuse(*_):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(prepare, "run_ranks", refuse)
+    monkeypatch.setattr(preparer, "run_ranks", refuse)
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
     assert run(corpus, model, prepared, executor=Executor(workers=1)) == shards.load_manifest(
         prepared
@@ -180,9 +178,9 @@ def test_a_finished_directory_is_left_as_it_is(corpus, model, prepared, monkeypa
 def test_an_unfinished_directory_of_other_settings_is_refused(
     corpus, model, prepared, tmp_path, changes
 ):
-    (tmp_path / "logs/completions").mkdir(parents=True)
+    (tmp_path / "logs/ranks").mkdir(parents=True)
     (tmp_path / "logs/inputs.json").write_bytes((prepared / "logs/inputs.json").read_bytes())
-    (tmp_path / "logs/completions/00001").touch()
+    (tmp_path / "logs/ranks/00001.json").touch()
     with pytest.raises(
         BadInput,
         match=rf"prepared with {next(iter(changes))}=.*: set it back to use what is there, or remove .*, or choose another data\.dir",
@@ -204,13 +202,13 @@ def test_a_finished_directory_of_something_else_is_refused(
 
 def test_a_damaged_shard_is_named(corpus, model, tmp_path):
     manifest = run(corpus, model, tmp_path)
-    shard = prepare.split_shards(tmp_path, manifest, "train")[1]
+    shard = shards.split_shards(tmp_path, manifest, "train")[1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
     with pytest.raises(BadInput, match=f"{shard.name} is damaged"):
         run(corpus, model, tmp_path)
     shard.write_bytes(whole[:-1])
-    with pytest.raises(BadInput, match=f"{shard.name} has .* bytes where"):
+    with pytest.raises(BadInput, match=f"{shard.name} has .* bytes instead of"):
         run(corpus, model, tmp_path)
     shard.unlink()
     with pytest.raises(BadInput, match=f"{shard.name} is missing"):
@@ -221,11 +219,10 @@ def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_pat
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_bytes(corpus.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(executor.PoolExecutor, "run", interrupt)
-        with pytest.raises(BadInput, match="^stopped; run the same command to go on$"):
+        patch.setattr(executor, "_run_on_cores", interrupt)
+        with pytest.raises(BadInput, match="^stopped; rerun the command to resume$"):
             run(tmp_path / "*.jsonl", model, tmp_path / "out")
-    (tmp_path / "out/logs/completions").mkdir()
-    (tmp_path / "out/logs/completions/00001").touch()
+    (tmp_path / "out/logs/ranks/00001.json").touch()
     (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
     with pytest.raises(
         BadInput,
@@ -233,7 +230,7 @@ def test_another_list_of_files_is_refused_finished_or_not(corpus, model, tmp_pat
     ):
         run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "c.jsonl").rename(tmp_path / "b.jsonl")
-    (tmp_path / "out/logs/completions/00001").unlink()
+    (tmp_path / "out/logs/ranks/00001.json").unlink()
     run(tmp_path / "*.jsonl", model, tmp_path / "out")
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(
@@ -251,13 +248,18 @@ def test_an_empty_split_is_refused(model, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(
         BadInput,
-        match=r"has 2 documents and none fell into validation at .*=1e-09: raise data\.validation_fraction and remove",
+        match=r"has 2 documents and none fell into validation at .*=1e-09: raise data.validation_fraction$",
     ):
         run(tmp_path / "a.jsonl", model, tmp_path / "out", validation_fraction=1e-9, tasks=1)
     with pytest.raises(
-        BadInput, match=r"none fell into train at .*: lower data\.validation_fraction and remove"
+        BadInput, match=r"none fell into train at .*: lower data.validation_fraction$"
     ):
         run(tmp_path / "a.jsonl", model, tmp_path / "other", validation_fraction=1 - 1e-9, tasks=1)
+    # Nothing of a preparation that cannot be used keeps the setting from being changed.
+    manifest = run(
+        tmp_path / "a.jsonl", model, tmp_path / "other", validation_fraction=0.0, tasks=1
+    )
+    assert manifest["splits"]["train"]["documents"] == 2
 
 
 def test_shards_that_the_manifest_does_not_name_are_removed(corpus, model, prepared, tmp_path):
@@ -274,13 +276,13 @@ class TakesTwo(Exception):
         super().__init__(one)
 
 
-def test_an_exception_that_cannot_be_pickled_is_not_a_killed_worker():
-    class Executor:
-        def _run_for_rank(self, *_):
-            raise TakesTwo("what went wrong", 2)
+def test_an_exception_that_cannot_be_pickled_is_not_a_killed_worker(tmp_path):
+    def work(*_):
+        raise TakesTwo("what went wrong", 2)
 
+    (tmp_path / "ranks").mkdir()
     with pytest.raises(RuntimeError, match=r"TakesTwo\('what went wrong'\)"):
-        executor._run_rank(Executor(), 0)
+        executor._run_in_worker(work, 0, 1, tmp_path)
 
 
 def test_a_source_that_was_changed_is_refused_once_a_rank_has_read_it(corpus, model, tmp_path):
@@ -293,7 +295,7 @@ def test_a_source_that_was_changed_is_refused_once_a_rank_has_read_it(corpus, mo
         )  # its line is the first rank's
     source.write_text("".join(lines[:80]))
     manifest = run(source, model, tmp_path / "out", tasks=4)  # nothing was done yet
-    assert sum(manifest["splits"][split]["documents"] for split in prepare.SPLITS) == 80
+    assert sum(manifest["splits"][split]["documents"] for split in shards.SPLITS) == 80
     source.write_text("".join(lines[:81]))
     with pytest.raises(
         BadInput,
@@ -406,7 +408,7 @@ def test_a_tokenizer_that_no_export_can_express_is_named_before_the_work(
 
 
 def test_nothing_heavy_is_imported():
-    script = "import sys; from nanollama_jax.data import prepare; print({'jax', 'flax', 'tensorflow', 'torch', 'datasets'} & set(sys.modules))"
+    script = "import sys; from nanollama_jax.corpus import prepare; print({'jax', 'flax', 'tensorflow', 'torch', 'datasets'} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": os.getcwd()},

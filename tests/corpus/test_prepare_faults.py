@@ -59,7 +59,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(big_corpus, model, tm
     killed = tmp_path / "killed"
     for sign in (
         "*.tmp",
-        "logs/completions/*",
+        "logs/ranks/*.json",
     ):  # the first file begun; the first rank done, of six on two workers
         process = start(tmp_path / "run.py", big_corpus, model, killed)
         while not list(killed.glob(sign)):
@@ -82,7 +82,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(big_corpus, model, tm
 
 
 def _finished_ranks(directory) -> list[str]:
-    return [path.name for path in (directory / "logs/completions").iterdir()]
+    return [path.stem for path in (directory / "logs/ranks").glob("*.json")]
 
 
 def test_workers_die_with_a_killed_parent(big_corpus, model, tmp_path):
@@ -110,9 +110,9 @@ def test_a_killed_worker_is_one_line_and_not_a_hang(big_corpus, model, tmp_path)
     os.kill(_workers(process.pid)[-1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert (
-        "was killed (out of memory?): run the same command" in stderr and stderr.count("\n") == 1
-    ), stderr
+    assert "was killed (out of memory?): rerun the command" in stderr and stderr.count("\n") == 1, (
+        stderr
+    )
 
 
 def _alive(pid: int) -> bool:
@@ -153,14 +153,14 @@ def test_an_error_in_a_worker_names_the_line_and_leaves_earlier_work(corpus, mod
     with pytest.raises(BadInput, match=r"bad\.jsonl:302: invalid UTF-8"):
         run(bad, model, out, tasks=2, executor=Executor(workers=1))
     assert _finished_ranks(out) == ["00000"]
-    assert "invalid UTF-8" in (out / "logs/logs/task_00001.log").read_text()
+    assert "invalid UTF-8" in (out / "logs/ranks/00001.log").read_text()
     first_rank = {path: path.stat().st_mtime_ns for path in out.glob("*-00000-*")}
     assert first_rank
     lines[301] = b'{"text": "mended"}\n'
     bad.write_bytes(b"".join(lines))
     with pytest.raises(
         BadInput,
-        match=r"were changed since .*; if a line was mended in its place, remove .*inputs\.json and run the same command",
+        match=r"were changed since .*; if a line was corrected in its place, remove .*inputs\.json and rerun the command",
     ):
         run(bad, model, out, tasks=2, executor=Executor(workers=1))
     (out / "logs/inputs.json").unlink()
@@ -204,6 +204,6 @@ def test_a_shard_edited_after_it_was_written_is_named(corpus, model, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(
         BadInput,
-        match=f"shard {shard} is damaged or another one's, its checksum differs: restore it",
+        match=f"shard {shard} is damaged or was replaced: its checksum differs: restore it",
     ):
         run(corpus, model, tmp_path / "out")

@@ -7,7 +7,15 @@ import pytest
 
 from configs import phase1, phase2_16k, phase3
 from nanollama_jax import tokenizer
-from nanollama_jax.corpus import decontaminate, estimate, filters, near_duplicates, prepare, sources
+from nanollama_jax.corpus import (
+    decontaminate,
+    estimate,
+    filters,
+    near_duplicates,
+    prepare,
+    sources,
+    words,
+)
 from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput
 from nanollama_jax.recipes import CORPORA, MODELS
@@ -50,7 +58,7 @@ def run(source, model, out_dir, **settings) -> dict:
 
 
 def texts_of(directory, model) -> list[str]:
-    return sorted(document.text for document in shards.read_documents(directory, Tokenizer(model)))
+    return sorted(document.text for document in sources.read_prepared(directory, Tokenizer(model)))
 
 
 def counts(manifest) -> tuple[int, int]:
@@ -73,7 +81,7 @@ def test_a_budget_of_tokens_is_kept_and_shared_by_the_ranks(model, texts, tmp_pa
     )  # each rank ends with the document that fills its share
     split = [
         len(json.loads(path.read_text())["train"])
-        for path in (tmp_path / "out/logs/shards").iterdir()
+        for path in (tmp_path / "out/logs/ranks").glob("*.json")
     ]
     assert split == [1, 1]
     with pytest.raises(BadInput, match="was prepared with max_tokens=2000000, not 0"):
@@ -90,7 +98,7 @@ def test_a_budget_that_ranks_could_not_fill_is_told(model, texts, tmp_path, caps
     )
     assert counts(manifest)[1] < 100_000
     assert (
-        f"corpus: {counts(manifest)[1]:,} tokens of 100,000: some ranks had less than their share"
+        f"corpus: {counts(manifest)[1]:,} of 100,000 tokens: some ranks had less than their share"
         in capsys.readouterr().out
     )
 
@@ -102,7 +110,7 @@ def test_a_filter_keeps_what_it_names(source, model, texts, tmp_path):
         "near_duplicates": 0,
     }
     assert texts_of(tmp_path / "out", model) == sorted(text for text in texts if STEM in text)
-    with pytest.raises(BadInput, match="keep='sports' is no filter: choose one of '', 'stem'"):
+    with pytest.raises(BadInput, match="keep='sports' is not a filter: choose one of '', 'stem'"):
         run(source, model, tmp_path / "no", keep="sports")
 
 
@@ -171,11 +179,11 @@ def test_documents_are_cut_or_dropped_and_their_counts_stand_in_the_manifest(
     with pytest.raises(BadInput, match="was prepared with benchmarks="):
         run(source, model, tmp_path / "drop", validation_fraction=0.2)
     index = decontaminate.Index(
-        [decontaminate.Item("b", "b:1", (decontaminate.normalise(QUESTION).decode(),))]
+        [decontaminate.Item("b", "b:1", (words.normalise(QUESTION).decode(),))]
     )
     heard = []
     report = decontaminate.search(
-        shards.read_documents(tmp_path / "drop", Tokenizer(model)),
+        sources.read_prepared(tmp_path / "drop", Tokenizer(model)),
         index,
         lambda *counts: heard.append(counts),
     )

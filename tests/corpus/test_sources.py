@@ -13,9 +13,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollama_jax.corpus import sources
+from nanollama_jax.corpus import formats
 from nanollama_jax.corpus.sources import read_documents
 from nanollama_jax.errors import BadInput
+from nanollama_jax.synthetic import builtin
 
 TEXTS = [f"document {i}\nzażółć 漢字 🙂 " + "x" * i for i in range(50)]
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -78,9 +79,9 @@ def test_each_rank_opens_one_file_where_there_are_fewer_than_ranks(
         (tmp_path / f"{i}.jsonl").write_text(
             "".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(20))
         )
-    opened, unpacked = [], sources.unpacked
+    opened, unpacked = [], formats.unpacked
     monkeypatch.setattr(
-        sources, "unpacked", lambda stored, path: opened.append(path) or unpacked(stored, path)
+        formats, "unpacked", lambda stored, path: opened.append(path) or unpacked(stored, path)
     )
     ranks = [
         read_texts(f"file://{tmp_path}/*.jsonl", rank, world_size) for rank in range(world_size)
@@ -191,20 +192,15 @@ def test_a_field_of_the_hub_that_changes_its_type_late(tmp_path):
 
 
 def test_half_a_surrogate_pair_is_refused_from_any_scheme(monkeypatch):
-    monkeypatch.setattr(sources.builtin, "read", lambda *_: iter([("docs/x", "a\ud800")]))
+    monkeypatch.setattr(builtin, "read", lambda *_: iter([("docs/x", "a\ud800")]))
     assert "builtin://docs/x: half a surrogate pair" in read_error("builtin://docs")
 
 
 def test_builtin_documents_of_a_module_go_to_the_same_side(monkeypatch):
-    monkeypatch.setattr(sources.builtin, "read", lambda name, *_: iter([(f"{name}/x.y", "text")]))
-    for name, metadata in (
-        ("docs", {"split_key": "x.y"}),
-        ("code", {"split_key": "x.y"}),
-        ("reasoning", {}),
-    ):
-        assert [document.metadata for document in read_documents(f"builtin://{name}", 0, 1)] == [
-            metadata
-        ]
+    monkeypatch.setattr(builtin, "read", lambda name, *_: iter([(f"{name}/x.y", "text")]))
+    for name, split_key in (("docs", "x.y"), ("code", "x.y"), ("reasoning", "")):
+        (document,) = read_documents(f"builtin://{name}", 0, 1)
+        assert document.split_key == split_key
 
 
 def test_relative_paths_question_marks_and_options(tmp_path, monkeypatch):

@@ -88,10 +88,10 @@ def test_swapped_shards_of_equal_size_are_not_trained_on(root, made):
         old.rename(new)
     with pytest.raises(
         BadInput,
-        match=rf"shard {first} is damaged or another one's, its checksum differs: restore it from a copy",
+        match=rf"shard {first} is damaged or was replaced: its checksum differs: restore it from a copy",
     ):
         opened(root)
-    with pytest.raises(BadInput, match=rf"shard {first} is damaged or another one's"):
+    with pytest.raises(BadInput, match=rf"shard {first} is damaged or was replaced"):
         again(root, made)
 
 
@@ -122,7 +122,7 @@ def read_an_epoch(source, tokenizer) -> None:
             seq_len=512,
             max_segments=64,
             seed=0,
-            rows=100,
+            windows={"corpus": 100},
         )
     )
     for _ in range(10):
@@ -231,7 +231,7 @@ def test_a_corpus_whose_text_is_gone_is_used_and_one_that_moved_is_told(root, ma
     shutil.move(made / "text", made / "moved")
     try:
         assert again(root, made) == shards.load_manifest(made / "corpus")
-        assert f"corpus: {url} has no files any more" in capsys.readouterr().out
+        assert f"corpus: the files of {url} are gone" in capsys.readouterr().out
         with pytest.raises(BadInput, match=r"prepared with validation_fraction=0\.1, not 0\.2"):
             again(root, made, validation_fraction=0.2)
         flip(train_shards(root)[0], 100)
@@ -275,7 +275,7 @@ def test_conversations_whose_text_is_gone_are_used_and_damage_is_found(root, cap
 
     manifest = run()
     (root / "chats.jsonl").unlink()
-    assert run() == manifest and "has no files any more" in capsys.readouterr().out
+    assert run() == manifest and "are gone: using" in capsys.readouterr().out
     (shard,) = shards.split_shards(root / "chats", manifest, "train")
     flip(shard, 100)
     for use in (

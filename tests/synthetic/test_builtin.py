@@ -52,7 +52,7 @@ def test_ranks_partition_the_set_and_share_the_work(corpora, name):
 
 def test_another_process_with_another_hash_seed_builds_the_same():
     script = (
-        "import hashlib, sys; from nanollama_jax.data import builtin; digest = hashlib.sha256()\n"
+        "import hashlib, sys; from nanollama_jax.synthetic import builtin; digest = hashlib.sha256()\n"
         "for name, world in (('docs', 100), ('code', 4), ('reasoning', 4)):\n"
         "    for pair in builtin.read(name, 1, world): digest.update(repr(pair).encode())\n"
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules, 'a package was imported instead of read'\n"

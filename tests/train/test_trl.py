@@ -16,10 +16,11 @@ import trl
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from nanollama_jax import checkpoint, sharding
-from nanollama_jax.chat.conversations import parse_conversation, read_rows
+from nanollama_jax.chat.conversations import parse_conversation
 from nanollama_jax.chat.preference import parse_preference
 from nanollama_jax.checkpoint.origin import extend_vocabulary
 from nanollama_jax.corpus import finetuning
+from nanollama_jax.corpus.rows import read_rows
 from nanollama_jax.data import pipeline
 from nanollama_jax.data.rows import Rows
 from nanollama_jax.export import hf
