@@ -308,8 +308,8 @@ def _damage_is_bad_input(folder: pathlib.Path) -> Iterator[None]:
     """For what Orbax, TensorStore and json raise for a checkpoint without checksums, or one that is deleted meanwhile."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:
-        raise  # the device's: out of memory
+    except (BadInput, jax.errors.JaxRuntimeError):
+        raise  # the latter is the device's: out of memory
     except OSError as error:
         if error.errno not in (None, errno.ENOENT, errno.EIO):
             raise  # permissions, too many open files: not the checkpoint's fault

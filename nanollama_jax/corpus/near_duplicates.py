@@ -243,6 +243,8 @@ def load_left_out(path: str | os.PathLike, url: str) -> frozenset[str]:
                 f"{path} is about {', '.join(report['sources'])}, and not {url}: ids begin with the URL, so write it alike"
             )
         return frozenset(entry["id"] for entry in report["leave_out"])
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} is missing, damaged, or no report of near-duplicates: make it with python tools/near_duplicates.py"

@@ -502,6 +502,8 @@ def _read_hub(
                 last = f"hf://{path}/{split}/{shard}:{number + 1}"
                 if number % step == first:
                     yield last, {name: _present(value) for name, value in record.items()}
+    except BadInput:
+        raise
     except (
         OSError,
         ValueError,
