@@ -1,4 +1,4 @@
-"""Check conversations for SFT, or preference pairs for DPO, before training on them.
+"""Check conversations (SFT) or preference pairs (DPO) before training.
 
     nanollama check-finetuning-data 'file://chats/*.jsonl'
     nanollama check-finetuning-data file://pairs.jsonl.zst \

@@ -1,4 +1,4 @@
-"""Show what the stages of a recipe will read: epochs, packed rows, document lengths.
+"""Show what a recipe's stages will read: epochs, packed rows, lengths.
 
     nanollama inspect-data --config configs/phase2_16k.py --out phase2_16k.png
     nanollama inspect-data --config configs/curriculum.py:nano --stage phase1 --rows 200

@@ -1,4 +1,4 @@
-"""Plan a run on GPUs that you may not have yet: memory, batch, tokens/s, days, disk.
+"""Plan a run on GPUs that you do not have yet: memory, batch, days, disk.
 
     nanollama plan --config configs/phase1.py --target h100 --devices 2
     nanollama plan --config configs/curriculum.py:1b --target h200 --devices 1 \

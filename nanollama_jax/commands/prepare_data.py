@@ -1,4 +1,4 @@
-"""Prepare the corpora of a recipe: tokenizer, decontamination, tokenised shards.
+"""Prepare a recipe's corpora: tokenizer, decontamination, tokenised shards.
 
     nanollama prepare-data --config configs/phase1.py --dry_run
     nanollama prepare-data --config configs/phase1.py:nano
