@@ -10,6 +10,7 @@ import importlib
 import os
 import pathlib
 import sys
+from typing import NoReturn
 
 from nanollama_jax import process
 
@@ -38,7 +39,7 @@ nanollama COMMAND --help shows the flags of a command, with examples.
 
 def main() -> None:
     """The entry point of the `nanollama` script."""
-    from nanollama_jax.console import console, error_console
+    from nanollama_jax.console import console
 
     name, *arguments = sys.argv[1:] or ["--help"]
     names = [name for group in GROUPS.values() for name in group]
@@ -50,10 +51,7 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(name.replace("_", "-"), names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        error_console.print(
-            f"error: command line: there is no command {name!r}{hint} (nanollama --help lists them)"
-        )
-        sys.exit(2)
+        _fail(f"command line: there is no command {name!r}{hint} (nanollama --help lists them)")
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -61,9 +59,17 @@ def run(name: str, arguments: list[str]) -> None:
     sys.argv = [f"nanollama {name}", *arguments]
     try:
         command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        command.main()
     except KeyboardInterrupt:  # imports can take seconds
         process.exit_interrupted()
-    command.main()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "nanollama_jax":
+            raise
+        _fail(
+            f"nanollama {name} needs {package}, which is not installed: "
+            "pip install 'nanollama-jax[data,eval,export]' installs what all commands need"
+        )
 
 
 def overview() -> str:
@@ -76,3 +82,10 @@ def overview() -> str:
             summary = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             lines.append(f"  {name:22} {summary.partition(chr(10))[0]}")
     return "\n".join([*lines, EXAMPLES.rstrip()])
+
+
+def _fail(message: str) -> NoReturn:
+    from nanollama_jax.console import error_console
+
+    error_console.print(f"error: {message}")
+    sys.exit(2)

@@ -74,6 +74,17 @@ def test_a_command_that_does_not_exist():
     assert done.stderr.startswith("error: ") and "did you mean export-hf?" in done.stderr
 
 
+def test_a_package_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "nanollama_jax.export.gguf", raising=False)
+    monkeypatch.delitem(sys.modules, "nanollama_jax.commands.export_gguf", raising=False)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as end:
+        commands.run("export-gguf", [])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nanollama export-gguf needs gguf, which is")
+
+
 def test_the_command_that_trains(tmp_path):
     """What main.py does: the flags, the recipe, and its mistakes in one line."""
     shown = nanollama("train", "--help").stdout
