@@ -1,7 +1,9 @@
 """Export a checkpoint as a GGUF file, for llama.cpp, Ollama or LM Studio.
 
-nanollama export-gguf --checkpoint runs/curriculum_nano --type q8_0 --out nano-q8_0.gguf
-nanollama export-gguf --checkpoint runs/1b/phase3 --type q4_k_m --out exports/1b-q4_k_m.gguf
+    nanollama export-gguf --checkpoint runs/curriculum_nano --type q8_0 --out nano-q8_0.gguf
+    nanollama export-gguf --checkpoint runs/1b/phase3 --type q4_k_m --out exports/1b-q4_k_m.gguf
+
+As an installed package it needs an extra: pip install 'nanollama-jax[gguf]'.
 """
 
 import pathlib

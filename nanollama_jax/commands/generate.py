@@ -64,7 +64,9 @@ def main() -> None:
         prompts = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else []
         out = output_file(arguments.out) if arguments.out is not None else None
         if out and not out.parent.is_dir():
-            raise BadInput(f"{out.parent}: no such folder; create it, or choose another --out")
+            raise BadInput(
+                f"{out.parent}: there is no such folder; create it, or choose another --out"
+            )
         engine = Engine.from_checkpoint(arguments.checkpoint)
         if arguments.prompts:
             write_all(engine, prompts, chosen, options, out)
