@@ -24,7 +24,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from nanollama_jax import distributed, settings
-from nanollama_jax.errors import flags_parser, one_line_errors
+from nanollama_jax.command_line import flags_parser
+from nanollama_jax.errors import one_line_errors
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -255,7 +255,10 @@ def flags_of(script: str, folder: pathlib.Path) -> list[str]:
         )
 
     def of_absl(main, flags_parser):
-        answer(f"--{flag.name}" for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]])
+        name = pathlib.Path(script).stem
+        module = script if name == "main" else f"nanollama_jax.commands.{name}"
+        defined = flags.FLAGS.flags_by_module_dict()
+        answer(f"--{flag.name}" for flag in defined.get(module) or defined[str(ROOT / module)])
 
     def instead() -> None:
         argparse.ArgumentParser.parse_args = of_argparse

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from configs import curriculum, dpo, phase1, sft
 from nanollama_jax import checkpoint, config, sharding, tokenizer
+from nanollama_jax.command_line import flags_parser
 from nanollama_jax.config import (
     FIELDS,
     OWN_FIELDS,
@@ -31,7 +32,7 @@ from nanollama_jax.config import (
 from nanollama_jax.corpus import filters
 from nanollama_jax.curriculum import stages_of
 from nanollama_jax.data import pipeline
-from nanollama_jax.errors import BadInput, flags_parser
+from nanollama_jax.errors import BadInput
 from nanollama_jax.model.config import ATTENTION_BACKENDS, REMAT_POLICIES
 from nanollama_jax.planning import plan
 from nanollama_jax.train import gates, optimizer, settle

@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
+from nanollama_jax.commands import generate
 from nanollama_jax.console import Console, Table, printable, track
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.infer.batch import Completion
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.train import metrics
 from tests.conftest import ROOT
-from tools import generate
 
 AWKWARD = [
     "[bold]x[/bold]",

@@ -1,37 +1,56 @@
-"""Speed, beside what one would use instead, measured in the same run.
+"""Speed, compared with the usual alternative measured in the same run.
 
 On a CPU, or anywhere:
-python tools/benchmark.py train                        our training step against transformers + torch, nano shape
-python tools/benchmark.py data                         preparation against bare SentencePiece; packed tokens/s of the pipeline
-python tools/benchmark.py data --source 'file://texts/*.jsonl' --tokenizer FILE
-python tools/benchmark.py decontaminate --source URL --benchmark gsm8k=URL ...     documents/s of one core, beside MinHash's
-python tools/benchmark.py corpus                       opening, shuffling and resuming 1,000 shards of 30B tokens
-python tools/benchmark.py decode                       generation against transformers and llama.cpp
-python tools/benchmark.py grammar                      what a constraint costs for each token
 
-On an NVIDIA GPU; each case in a process of its own, none begun after --minutes:
-python tools/benchmark.py train --scale 1b --seq_len 4096 --json train_4k.json     our step by attention and remat policy
-python tools/benchmark.py train --scale 1b --profile traces                        a trace of the first case, for xprof or Perfetto
-python tools/benchmark.py torch --scale 1b --seq_len 4096                          our step against transformers + torch
-python tools/benchmark.py breakdown --scale 1b                                     where a step's time goes
-python tools/benchmark.py kernels --scale 1b                                       matrix products and attention alone
-python tools/benchmark.py decode --scale 1b                                        generation, beside the memory's bandwidth
+    python tools/benchmark.py train           training step against transformers + torch, nano shape
+    python tools/benchmark.py data            preparation against bare SentencePiece; the pipeline
+    python tools/benchmark.py data --source 'file://texts/*.jsonl' --tokenizer FILE
+    python tools/benchmark.py decontaminate --source URL --benchmark gsm8k=URL
+                                              documents/s on one core, against MinHash
+    python tools/benchmark.py corpus          open, shuffle, resume: 1,000 shards of 30B tokens
+    python tools/benchmark.py decode          generation against transformers and llama.cpp
+    python tools/benchmark.py grammar         the cost of a constraint per token
+
+On an NVIDIA GPU, each case in its own process, with none started after --minutes:
+
+    python tools/benchmark.py train --scale 1b --seq_len 4096 --json train_4k.json
+                                              training step by attention and remat policy
+    python tools/benchmark.py train --scale 1b --profile traces
+                                              a trace of the first case, for xprof or Perfetto
+    python tools/benchmark.py torch --scale 1b --seq_len 4096
+                                              training step against transformers + torch
+    python tools/benchmark.py breakdown --scale 1b
+                                              where the time of a step goes
+    python tools/benchmark.py kernels --scale 1b
+                                              matrix products and attention alone
+    python tools/benchmark.py decode --scale 1b
+                                              generation against memory bandwidth
 """
 
 import argparse
 import os
-import pathlib
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import checkout  # noqa: F401  puts the repository on sys.path
 
 from benchmarks import breakdown, data, decode, kernels, torch_peer, train
 from benchmarks.cases import run_cases
 from benchmarks.report import collect, has_gpu
 from nanollama_jax import settings
+from nanollama_jax.command_line import ArgumentParser, named_urls
 from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
 from nanollama_jax.recipes import BENCHMARKS, MODELS
 
+WHAT = (
+    "train",
+    "torch",
+    "breakdown",
+    "kernels",
+    "data",
+    "decontaminate",
+    "corpus",
+    "decode",
+    "grammar",
+)
 ON_GPU = ("train", "torch", "breakdown", "kernels", "decode")
 ONLY_ON_GPU = ("torch", "breakdown", "kernels")
 
@@ -71,29 +90,17 @@ def on_gpu(arguments: argparse.Namespace) -> None:
         "decode": lambda: (
             decode.gpu_cases(a.scale, rounds),
             decode.COLUMNS,
-            f"Decoding, {a.scale}: {decode.PROMPT_TOKENS} tokens of prompt, {decode.NEW_TOKENS} new ones",
+            f"Decoding, {a.scale}: {decode.PROMPT_TOKENS} prompt tokens, "
+            f"{decode.NEW_TOKENS} new tokens",
             lambda rows: decode.NOTES,
         ),
     }[a.what]()
     collect(run_cases(cases, a.minutes), columns, title, a.json, notes)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "what",
-        choices=(
-            "train",
-            "torch",
-            "breakdown",
-            "kernels",
-            "data",
-            "decontaminate",
-            "corpus",
-            "decode",
-            "grammar",
-        ),
-    )
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument(
         "--source", help="data, decontaminate: a source URL (default: the built-in corpus)"
     )
@@ -105,37 +112,36 @@ def main() -> None:
         help="decontaminate, data: what to search for",
     )
     parser.add_argument(
-        "--rounds", type=int, help="how often each is measured (default: 5; on a GPU 3)"
+        "--rounds", type=int, help="measurements of each case (default: 5; on a GPU 3)"
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=3,
-        help="train, torch, breakdown: steps each time (default: %(default)s)",
+        help="train, torch, breakdown: steps per measurement (default: %(default)s)",
     )
     parser.add_argument(
-        "--scale", choices=tuple(MODELS), help="the model's size (default: nano; on a GPU 1b)"
+        "--scale", choices=tuple(MODELS), help="size of the model (default: nano; on a GPU 1b)"
     )
     parser.add_argument(
         "--tokenizer",
-        help="data, grammar: a SentencePiece model (default: one trained on the source; data/nano/tokenizer.model)",
+        help="data, grammar: a SentencePiece model (default: for data, one trained on the source; "
+        "for grammar, data/nano/tokenizer.model)",
     )
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument(
         "--seq_len",
         type=int,
         default=4096,
-        help="train, torch, breakdown: tokens in a row (default: %(default)s)",
+        help="train, torch, breakdown: tokens per row (default: %(default)s)",
     )
     gpu.add_argument(
         "--minutes",
         type=float,
         default=9.0,
-        help="no case is begun after so many (default: %(default)s)",
+        help="start no case after this time (default: %(default)s)",
     )
-    gpu.add_argument(
-        "--json", metavar="FILE", help="the table as JSON, written again after each case"
-    )
+    gpu.add_argument("--json", metavar="FILE", help="the table as JSON, rewritten after each case")
     gpu.add_argument(
         "--profile",
         metavar="DIR",
@@ -145,22 +151,24 @@ def main() -> None:
     for name in ("rounds", "steps", "seq_len"):
         if (count := getattr(arguments, name)) is not None and count < 1:
             raise BadInput(f"--{name}={count} must be at least 1")
-    if unnamed := [one for one in arguments.benchmark if "=" not in one]:
-        raise BadInput(
-            f"--benchmark {unnamed[0]}: write NAME=URL, as in gsm8k=file://gsm8k/test.jsonl"
+    if arguments.what in ONLY_ON_GPU and not has_gpu():
+        parser.error(
+            f"{arguments.what} measures an NVIDIA GPU, and none was found "
+            "(nvidia-smi, JAX_PLATFORMS)"
         )
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    benchmarks = named_urls(arguments.benchmark)
     settings.apply()  # before jax; the processes of the cases inherit it
     gpu_here = arguments.what in ON_GPU and has_gpu()
-    if arguments.what in ONLY_ON_GPU and not gpu_here:
-        parser.error(
-            f"{arguments.what} measures an NVIDIA GPU, and there is none (nvidia-smi, JAX_PLATFORMS)"
-        )
     arguments.scale = arguments.scale or ("1b" if gpu_here else "nano")
     if gpu_here:
         on_gpu(arguments)
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    benchmarks = dict(one.split("=", 1) for one in arguments.benchmark)
     if arguments.what == "train":
         train.benchmark_on_cpu(arguments.rounds or 5, arguments.steps)
     elif arguments.what == "decode":

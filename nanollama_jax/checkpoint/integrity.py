@@ -88,8 +88,8 @@ def damage_is_bad_input(folder: pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError:
-        raise  # the device ran out of memory
+    except (BadInput, jax.errors.JaxRuntimeError):
+        raise  # the latter: the device ran out of memory
     except OSError as error:
         if error.errno not in (None, errno.ENOENT, errno.EIO):
             raise  # permissions, too many open files: not the checkpoint's fault

@@ -250,6 +250,8 @@ def load_left_out(path: str | os.PathLike, url: str) -> frozenset[str]:
                 "the report, because ids begin with it"
             )
         return frozenset(entry["id"] for entry in report["leave_out"])
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{path} is missing, damaged, or not a report of near-duplicates: make it with python "

@@ -62,10 +62,10 @@ def json_schema(schema: dict[str, Any] | str) -> Grammar:
             raise ValueError(f"it is of type {type(parsed).__name__}")
         text = json.dumps(parsed)
         source = _enforceable(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"JSON schema: {gist(str(error))}: give a JSON object") from error
     except BadInput as error:
         raise BadInput(f"JSON schema: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"JSON schema: {gist(str(error))}: give a JSON object") from error
     return Grammar(source, json=True, words=_pattern_literals(text))
 
 
@@ -112,6 +112,8 @@ def tool_call(tools: Sequence[dict[str, Any]]) -> Grammar:
             try:
                 _enforceable(json.dumps(_json_types(parameters, "#")))
                 arguments = _json_types(parameters, f"#/anyOf/{number}/properties/arguments")
+            except BadInput:
+                raise
             except (ValueError, RecursionError) as error:  # llguidance limits the depth too
                 why = f"its parameters are nested too deeply ({gist(str(error))})"
                 raise BadInput(f"{why}: flatten them") from error

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from nanollama_jax.chat.conversations import Conversation, Message
-from nanollama_jax.chat.preference import Preference, parse_preference, parse_row
+from nanollama_jax.chat.conversations import Conversation, Message, read_rows
+from nanollama_jax.chat.preference import Preference, check, parse_preference, parse_row
+from nanollama_jax.commands.check_finetuning_data import kind_of_mistake
 from nanollama_jax.corpus.rows import check, read_rows
 from nanollama_jax.errors import BadInput
 from tests.chat.test_conversations import (
@@ -21,7 +22,6 @@ from tests.chat.test_conversations import (
     mistake,
 )
 from tests.conftest import ROOT
-from tools.check_finetuning_data import kind_of_mistake
 
 WRONG = {"role": "assistant", "content": "5"}
 PAIR = Preference(
@@ -466,7 +466,7 @@ def test_the_tool_stops_at_the_first_bad_row_when_strict(tmp_path):
 
 
 def test_the_tool_s_help_and_a_source_that_cannot_be_read(tmp_path):
-    assert "python tools/check_finetuning_data.py file://" in run_tool("--help", expect=0).stdout
+    assert "nanollama check-finetuning-data file://" in run_tool("--help", expect=0).stdout
     for url, says in (
         ("chats.jsonl", "begin it with one of"),
         (f"file://{tmp_path}/absent.jsonl", "no file matches"),

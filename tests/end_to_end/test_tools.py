@@ -1,7 +1,7 @@
 """The commands that use a checkpoint, run as a user runs them; what they compute is tested elsewhere."""
 
+import importlib
 import json
-import runpy
 import shutil
 import sys
 
@@ -23,7 +23,7 @@ def run(monkeypatch, capsys):
     def call(tool: str, *flags: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [tool, *map(str, flags)])
         try:
-            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+            importlib.import_module(f"nanollama_jax.commands.{tool}").main()
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -165,7 +165,7 @@ def test_a_tuned_model_talks_and_is_questioned(run, undisturbed, tmp_path, monke
     assert (
         status == 0
         and again.rstrip() == f"{first}\n{first}"
-        and "/new begins a new conversation" in err
+        and "/new starts a new conversation" in err
         and "context is 256" in err
     )
     flags = ["--checkpoint", undisturbed, "--tasks", "reasoning", "--questions", 1, "--show", 1]
@@ -245,7 +245,7 @@ def test_a_tuned_model_talks_and_is_questioned(run, undisturbed, tmp_path, monke
         (
             "evaluate",
             ["--checkpoint", "TUNED", "--tasks", "tools", "--questions", "0"],
-            "ask at least one",
+            "--questions=0: give a number from 1 to",
         ),
         ("chat", ["--checkpoint", "CHECKPOINT", "--ask", "Hello"], "it is a base model's"),
         ("chat", ["--checkpoint", "TUNED", "--ask", "Hello", "--ask", " "], "--ask is empty"),
@@ -380,4 +380,4 @@ def test_an_import_that_cannot_be_exported_says_so(run, tmp_path):
 )
 def test_help_has_examples(run, tool):
     status, out, _ = run(tool, "--help")
-    assert status == 0 and f"\npython tools/{tool}.py --" in out
+    assert status == 0 and f"\n    nanollama {tool.replace('_', '-')} --" in out

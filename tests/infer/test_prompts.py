@@ -1,4 +1,4 @@
-from tools.generate import read_prompts
+from nanollama_jax.commands.generate import read_prompts
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):

@@ -1,17 +1,16 @@
-"""What a model says, in the log and in tools/chat.py."""
+"""What a model says, in the log and in `nanollama chat`."""
 
 import io
-import runpy
 
 import pytest
 
 from nanollama_jax.chat.conversations import Message, ToolCall, parse_tools
+from nanollama_jax.commands.chat import reply
 from nanollama_jax.console import Console
 from nanollama_jax.errors import BadInput
 from nanollama_jax.infer.samples import encode, lines
 from nanollama_jax.infer.sampling import Sampling
 from nanollama_jax.synthetic import tools
-from tests.conftest import ROOT
 from tests.infer.scripted import CUT, Scripted
 
 
@@ -46,7 +45,6 @@ def test_a_prompt_that_fills_the_context_is_refused_before_training(chat_tokeniz
 
 
 def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):
-    reply = runpy.run_path(str(ROOT / "tools" / "chat.py"))["reply"]
     wrong = ToolCall("get_price", {"item": "lamp", "city": "Atlantis"})
     calls = (
         wrong,
@@ -81,4 +79,4 @@ def test_chat_runs_the_calls_and_shows_the_model_its_mistakes(chat_tokenizer):
     # One that only ever calls is stopped.
     engine = Scripted(chat_tokenizer, [Message("assistant", "", tool_calls=(wrong,))] * 9)
     reply(engine, [Message("user", "A lamp?")], offered, Sampling(), 50, Console(file=shown))
-    assert len(engine.replies) == 5 and "no answer after 4 messages that call" in shown.getvalue()
+    assert len(engine.replies) == 5 and "no answer after 4 messages with calls" in shown.getvalue()
