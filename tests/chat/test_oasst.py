@@ -258,8 +258,8 @@ def test_strict_reading_stops_at_a_bad_row_and_other_reading_goes_on(tmp_path):
 def test_what_the_options_do_not_know(tmp_path):
     url = write_jsonl(tmp_path / "a.jsonl", ROWS).removesuffix("?tree=oasst")
     for options, complaint in (
-        ("?tree=threads", "tree=threads is not known: there is oasst"),
-        ("?lang=en", "lang chooses among trees: add &tree=oasst"),
+        ("?tree=threads", "tree=threads is unknown: there is only oasst"),
+        ("?lang=en", "lang selects trees: add &tree=oasst"),
     ):
         with pytest.raises(BadInput, match=complaint):
             next(read_records(url + options))
