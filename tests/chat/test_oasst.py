@@ -263,7 +263,7 @@ def test_what_the_options_do_not_know(tmp_path):
     ):
         with pytest.raises(BadInput, match=complaint):
             next(read_records(url + options))
-    with pytest.raises(BadInput, match="2 ranks would tear its trees apart"):
+    with pytest.raises(BadInput, match="2 ranks would split its trees"):
         next(read_records(f"{url}?tree=oasst", 0, 2))
     with pytest.raises(BadInput, match="unknown option 'tree'"):
         next(read_records("tfds://oasst?tree=oasst"))
