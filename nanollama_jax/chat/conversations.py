@@ -1,15 +1,20 @@
-"""Conversations to fine-tune on: the formats that chat data comes in, read into one form and checked. A row's keys tell its format:
+"""Conversations to fine-tune on: the formats of chat data, parsed into one form and checked.
 
-    {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}       OpenAI's, with "tool_calls"; beside them "thought" or
-                                                                                  "reasoning_content"
-    {"conversations": [{"from": "human", "value": "..."}, ...], "tools": [...]}   ShareGPT's, with function_call and observation, or with
-                                                                                  Hermes's <tools>, <tool_call> and <tool_response>
-    {"question": "...", "thought": "...", "answer": "..."}                        the thought can be left out
-    {"query": "...", "response": "..."}                                           MetaMathQA's
+The keys of a row tell its format:
 
-A row's `system` is its first message. Whatever is wrong with a row raises `BadInput` with its place
-and what to change, and so does a field that would change what is learned and is not read. Text that
-looks like a special token is data.
+    {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+        OpenAI's, with "tool_calls"; beside them "thought" or "reasoning_content".
+    {"conversations": [{"from": "human", "value": "..."}, ...], "tools": [...]}
+        ShareGPT's, with function_call and observation, or with Hermes's <tools>, <tool_call> and
+        <tool_response>.
+    {"question": "...", "thought": "...", "answer": "..."}
+        The thought is optional.
+    {"query": "...", "response": "..."}
+        MetaMathQA's.
+
+A row's `system` becomes its first message. Whatever is wrong with a row raises `BadInput` with its
+place and what to change, and so does a field that is not read but would change what is learned.
+Text that looks like a special token is data.
 
 - Nulls in objects count as absent, at any depth, as Parquet cannot tell one from the other. A
   string of JSON is read as it is.
@@ -39,7 +44,10 @@ from typing import Any
 
 from nanollama_jax.errors import BadInput
 
-FORMATS = "`messages`, `conversations`, `question` and `answer`, `query` and `response`; for DPO `chosen` and `rejected`"
+FORMATS = (
+    "`messages`, `conversations`, `question` and `answer`, `query` and `response`; for DPO "
+    "`chosen` and `rejected`"
+)
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -61,9 +69,8 @@ _NEXT = {
     "tool": ("tool", "assistant"),
 }
 _WORDS = {dict: "an object", list: "a list", str: "a string"}
-_TOOLS = re.compile(
-    r"<tools>\s*([\[{].*?)</tools>", re.DOTALL
-)  # not the "within <tools></tools> XML tags" before it
+# Not the "within <tools></tools> XML tags" before it
+_TOOLS = re.compile(r"<tools>\s*([\[{].*?)</tools>", re.DOTALL)
 _HERMES_PROMPT = re.compile(r"You are a function calling AI model.*</tool_call>", re.DOTALL)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _THINK = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
@@ -94,9 +101,8 @@ _SCHEMA_KEYS = {  # of an object's JSON schema
     *("properties", "additionalProperties", "patternProperties"),
     *("$ref", "allOf", "anyOf", "oneOf"),
 }
-Tools = tuple[
-    dict[str, Any], ...
-]  # {"name", "description", "parameters": JSON schema}, no two of one name
+# Each {"name", "description", "parameters": JSON schema}, with different names
+Tools = tuple[dict[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +123,10 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Perhaps a system message, then user and assistant in turn, an assistant last; between a message that calls tools and the next, results."""
+    """An optional system message, then user and assistant in turn, an assistant last.
+
+    The results of tool calls stand between the message that calls the tools and the next one.
+    """
 
     where: str  # file:line
     messages: tuple[Message, ...]
@@ -125,7 +134,10 @@ class Conversation:
 
 
 def parse_conversation(record: Any, where: str) -> Conversation:
-    """The conversation in a row of any of the formats above. Raises `BadInput`, whatever `record` is, where it holds none."""
+    """The conversation in a row of any of the formats above.
+
+    Raises `BadInput`, whatever `record` is, if it holds none.
+    """
     with naming(where):
         record, system, tools = open_row(record)
         if "messages" in record or "conversations" in record:
@@ -144,7 +156,10 @@ def parse_conversation(record: Any, where: str) -> Conversation:
 
 
 def open_row(record: Any) -> tuple[dict[str, Any], tuple[Message, ...], Tools]:
-    """A row without its nulls, its `system` as no message or one, and its tools. Raises `BadInput` for fields that must not be passed over."""
+    """A row without its nulls, its `system` as no message or one, and its tools.
+
+    Raises `BadInput` for fields that must not be ignored.
+    """
     try:
         record = _without_nulls(_typed(record, dict, "the row"))
     except RecursionError as error:
@@ -162,7 +177,10 @@ def open_row(record: Any) -> tuple[dict[str, Any], tuple[Message, ...], Tools]:
 def parse_messages(
     turns: Any, system: tuple[Message, ...], tools: Tools
 ) -> tuple[tuple[Message, ...], Tools]:
-    """A list in OpenAI's or ShareGPT's form as messages after `system`, each found good and in its place; `tools`, or those in its system message."""
+    """Parses a list in OpenAI's or ShareGPT's form, checking each message and their order.
+
+    Returns the messages, after `system`, and `tools`, or those that the system message lists.
+    """
     messages = list(system)
     due: list[Any] = []  # ids of the calls whose results come next, in order
     results: list[tuple[Any, list[Message]]] = []  # those that came, each with the id of its call
@@ -172,12 +190,12 @@ def parse_messages(
             turn = present(turn, "it")
             role = role_of(turn)
             if role is None:
-                raise BadInput(
-                    f"unknown role {reprlib.repr(turn.get('role', turn.get('from')))}: known are {', '.join(_ROLES)}"
-                )
+                spelling = reprlib.repr(turn.get("role", turn.get("from")))
+                raise BadInput(f"unknown role {spelling}: known are {', '.join(_ROLES)}")
             if role not in _NEXT[previous]:
                 raise BadInput(
-                    f"{role} after {previous}, where {' or '.join(_NEXT[previous])} is expected: reorder, join or remove messages"
+                    f"{role} after {previous}, where {' or '.join(_NEXT[previous])} is expected: "
+                    "reorder, join or remove messages"
                 )
             if role != "tool":
                 messages += _in_order(results, due)
@@ -213,7 +231,8 @@ def parse_messages(
         raise BadInput(f"{nothing}: there is nothing to learn, remove the row")
     if role != "assistant":
         raise BadInput(
-            f"the last message is of role {role}: end with the assistant's, or remove what follows it"
+            f"the last message is of role {role}: end with the assistant's, or remove what follows "
+            "it"
         )
     if system and messages[1].role == "system":
         raise BadInput("`system` stands beside a first message of role system: keep one of them")
@@ -378,7 +397,8 @@ def _assistant(turn: dict[str, Any], key: str, tools: Tools = ()) -> Message:
     content = _text(turn, key, required=not calls)
     if _TOOL_CALL.fullmatch(content.strip()):
         raise BadInput(
-            f"`{key}` is a <tool_call>, which would be learnt as text: write it as `tool_calls`, or the row in ShareGPT's form"
+            f"`{key}` is a <tool_call>, which would be learned as text: write it as `tool_calls`, "
+            "or the row in ShareGPT's form"
         )
     if begun := _THOUGHT_BEGUN.match(content):
         problem = f"`{key}` begins with {begun[0].strip()}, which would be learned as text"
@@ -463,7 +483,10 @@ def _text(record: dict[str, Any], key: str, required: bool = True) -> str:
 
 
 def _json(value: Any, what: str) -> Any:
-    """`value` as JSON gives it back; of a string, what it spells in JSON or, as in many of Hermes's conversations, as a Python literal."""
+    """`value` after a round trip through JSON.
+
+    A string is parsed as JSON or, as in many of Hermes's conversations, as a Python literal.
+    """
     try:
         if isinstance(value, str):
             text = value.strip()
@@ -479,7 +502,6 @@ def _json(value: Any, what: str) -> Any:
 
 def _typed(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
-        raise BadInput(
-            f"{what} is {'missing' if value is None else f'of type {type(value).__name__}'}, not {_WORDS[kind]}"
-        )
+        found = "missing" if value is None else f"of type {type(value).__name__}"
+        raise BadInput(f"{what} is {found}, not {_WORDS[kind]}")
     return value

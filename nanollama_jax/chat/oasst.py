@@ -1,8 +1,10 @@
-"""OpenAssistant's message rows, a message each, as conversations: `?tree=oasst` of a source URL (corpus/sources.py) reads them.
+"""Turns OpenAssistant's rows of one message each into conversations (`?tree=oasst` of a source URL).
 
-A row of OpenAssistant/oasst2, and of its .messages.jsonl.gz files: `message_id`, `parent_id` (null or absent for a tree's first prompt),
-`message_tree_id`, `role` (prompter or assistant), `text`, `lang`, `rank` (0 is the best among siblings; null: not ranked) and `deleted`. A tree's
-rows stand together, depth-first (https://huggingface.co/datasets/OpenAssistant/oasst2, "The messages appear in depth-first order").
+A row of OpenAssistant/oasst2, and of its .messages.jsonl.gz files, has `message_id`, `parent_id`
+(null or absent for a tree's first prompt), `message_tree_id`, `role` (prompter or assistant),
+`text`, `lang`, `rank` (0 is the best among siblings; null: not ranked) and `deleted`. The rows of a
+tree are consecutive and in depth-first order, as the dataset's card says
+(https://huggingface.co/datasets/OpenAssistant/oasst2).
 """
 
 import dataclasses
@@ -26,11 +28,14 @@ class _Message:
 def conversations(
     records: Iterable[tuple[str, dict | BadInput]], lang: str | None = None
 ) -> Iterator[tuple[str, dict | BadInput]]:
-    """Yields (where, {"messages": [{"role", "content"}, ...]}) for the trees in `records`, those alone that begin in `lang` if it is given.
+    """Yields (where, {"messages": [{"role", "content"}, ...]}) for the trees in `records`, or only
+    for trees that begin in `lang`.
 
-    A conversation takes the best-ranked reply at each assistant's turn (unranked ones come last; among equals, the first) and every follow-up at each
-    user's; it ends, as `where` does, with the assistant's message from which none goes on to another. Deleted messages are left out, and what hangs
-    on them. A row that is a `BadInput`, or that has no place in its tree, comes as a `BadInput` when it is met. Holds one tree, and all trees' ids.
+    A conversation takes the best-ranked reply at each of the assistant's turns (unranked replies
+    come last; among equals, the first) and every follow-up at each of the user's turns. It ends at
+    an assistant's message that no follow-up leads on from; `where` is that message's row. Deleted
+    messages are left out with all replies to them. A row that is a `BadInput`, or that has no place
+    in its tree, is yielded as a `BadInput`. Keeps one tree, and the ids of all trees, in memory.
     """
     tree, tree_id, ended = _empty_tree(), None, set()
     for where, record in records:
@@ -68,9 +73,11 @@ def _bad_row(where: str, record: dict) -> BadInput | None:
     for name, kind in (_REQUIRED | _OPTIONAL).items():
         value = record.get(name)
         if not isinstance(value, kind) and not (value is None and name in _OPTIONAL):
-            problem = f"`{name}` is {'missing' if value is None else f'of type {type(value).__name__}, not {kind.__name__}'}"
+            found = f"of type {type(value).__name__}, not {kind.__name__}"
+            problem = f"`{name}` is {'missing' if value is None else found}"
             return BadInput(
-                f"{where}: {problem}: ?tree=oasst reads OpenAssistant's flat messages; leave it out for rows that are conversations"
+                f"{where}: {problem}: ?tree=oasst reads OpenAssistant's flat messages; leave it "
+                "out for rows that are conversations"
             )
     return None
 
@@ -79,18 +86,21 @@ def _bad_place(where: str, record: dict, tree: dict[str | None, _Message]) -> Ba
     parent_id, message_id = record.get("parent_id"), repr(record["message_id"])
     if parent_id not in tree:
         return BadInput(
-            f"{where}: message {message_id} replies to {parent_id!r}, which has not come in its tree, or was refused: "
+            f"{where}: message {message_id} replies to {parent_id!r}, which has not come in its "
+            "tree, or was refused: "
             "put a message before its replies, or remove them"
         )
     if record["message_id"] in tree:
         return BadInput(f"{where}: message {message_id} comes a second time: remove one of the two")
     if parent_id is None and len(tree) > 1:
         return BadInput(
-            f"{where}: message {message_id} has no parent_id, and does not begin its tree: name the message that it replies to"
+            f"{where}: message {message_id} has no parent_id, and does not begin its tree: name the "
+            "message that it replies to"
         )
     if record["role"] != (expected := _NEXT[tree[parent_id].record["role"]]):
         return BadInput(
-            f"{where}: role {reprlib.repr(record['role'])}, where {expected} is expected: mend the role, or the parent_id"
+            f"{where}: role {reprlib.repr(record['role'])}, where {expected} is expected: correct "
+            "the role or the parent_id"
         )
     return None
 

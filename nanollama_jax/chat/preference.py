@@ -1,9 +1,15 @@
-"""Preference pairs to fine-tune on with DPO: an answer that was chosen and one that was rejected. A row is in one of these forms:
+"""Preference pairs for DPO: an answer that was chosen and one that was rejected.
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}      each can also be a list of messages (chat/conversations.py), and the prompt be
-    {"messages": [...], "chosen": "...", "rejected": "..."}    named `messages`
-    {"chosen": [...], "rejected": [...]}                       whole conversations; a `prompt` beside them is their beginning or last question
-    {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}      Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning
+A row has one of these forms:
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}
+        Each can also be a list of messages (chat/conversations.py).
+    {"messages": [...], "chosen": "...", "rejected": "..."}
+        The same with another name for the prompt.
+    {"chosen": [...], "rejected": [...]}
+        Whole conversations; a `prompt` beside them is their beginning or last question.
+    {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", ...}
+        Anthropic/hh-rlhf's transcripts; `prompt` can hold their beginning.
 
 Scores beside the answers (`score_chosen` and `score_rejected`, `chosen-rating` and
 `rejected-rating`; ranks, of which the least is the best; `margin`) must say that the chosen one is
@@ -40,9 +46,11 @@ _HUMAN = re.compile(r"\s*Human:")  # what a transcript begins with
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """`prompt` + `chosen` and `prompt` + `rejected` are conversations, as in `Conversation`; `prompt` is all that they begin with alike.
+    """`prompt` + `chosen` and `prompt` + `rejected` are conversations, as in `Conversation`;
+    `prompt` is their longest common beginning.
 
-    Both answers are one message, an assistant's, but where conversations part earlier, or tools are called: then they go on to an assistant's.
+    Each answer is one message of the assistant, or several messages that end with one, if the
+    conversations diverge earlier or tools are called.
     """
 
     where: str  # file:line
@@ -58,12 +66,16 @@ class Preference:
 
 
 def parse_preference(record: Any, where: str) -> Preference:
-    """The pair in a row of any of the formats above. Raises `BadInput`, whatever `record` is, where it holds none."""
+    """The pair in a row of any of the formats above.
+
+    Raises `BadInput`, whatever `record` is, if it holds none.
+    """
     with naming(where):
         record, system, tools = open_row(record)
         if "chosen" not in record and "rejected" not in record:
             raise BadInput(
-                f"no preference, with keys {reprlib.repr(list(record))}: known are `prompt` or `messages` with `chosen` and `rejected`"
+                f"no preference, with keys {reprlib.repr(list(record))}: known are `prompt` or "
+                "`messages` with `chosen` and `rejected`"
             )
         with naming("`chosen`"):
             chosen, chosen_tools = parse_messages(_turns(record, "chosen"), system, tools)
@@ -77,13 +89,15 @@ def parse_preference(record: Any, where: str) -> Preference:
         )
         if shared in (len(chosen), len(rejected)):
             raise BadInput(
-                "one of `chosen` and `rejected` is the beginning of the other: there are no two answers to one prompt"
+                "one of `chosen` and `rejected` is the beginning of the other: there are no two "
+                "answers to one prompt"
             )
         if {chosen[shared].role, rejected[shared].role} != {
             "assistant"
         } or chosen_tools != rejected_tools:
             raise BadInput(
-                f"the prompts of `chosen` and `rejected` differ, at message {shared + 1} or in their tools: give both the same prompt"
+                f"the prompts of `chosen` and `rejected` differ, at message {shared + 1} or in "
+                "their tools: give both the same prompt"
             )
         for side, answer in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
             if not any(message.learned for message in answer if message.role == "assistant"):
@@ -136,7 +150,8 @@ def _turns(record: dict[str, Any], key: str) -> list[Any]:
         )
     if not isinstance(answer, list) or not answer:
         raise BadInput(
-            "it is missing, empty, or neither a string nor a list of messages: fill it in, or remove the row"
+            "it is missing, empty, or neither a string nor a list of messages: fill it in, or "
+            "remove the row"
         )
     said = _said(answer)
     if said[0][0] == "assistant":
@@ -146,7 +161,8 @@ def _turns(record: dict[str, Any], key: str) -> list[Any]:
     given, asked = _said(beginning), [each for each in said if each[0] == "user"]
     if prompt and given not in (said[: len(given)], asked[-1:]):
         raise BadInput(
-            "the prompt is neither the beginning of the conversation nor its last user message: make it so, or remove it"
+            "the prompt is neither the beginning of the conversation nor its last user message: "
+            "make it so, or remove it"
         )
     return answer
 
@@ -157,7 +173,8 @@ def _beginning(prompt: Any) -> list[Any]:
         return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if not _HUMAN.match(prompt) and re.search(r"\n\r?\n(Human|Assistant):", prompt):
         raise BadInput(
-            "the prompt holds a transcript's turns but does not begin with `Human:`: cut what is before, or write it as messages"
+            "the prompt holds a transcript's turns but does not begin with `Human:`: cut what is "
+            "before, or write it as messages"
         )
     return _written(re.sub(r"\n\r?\nAssistant:\s*$", "", prompt), "user")
 

@@ -1,7 +1,8 @@
-"""What preparing a recipe's corpora will take: documents, text, tokens, disk and hours, from a sample of each. Nothing is written.
+"""Estimates what preparing a recipe's corpora takes: documents, text, tokens, disk and hours.
 
-The sample says what a document is like, how much of it is kept and how fast it is encoded; how much there is, the sizes of all files (local or
-on the hub) and how much text a stored byte of three of them holds.
+A sample of each source gives the size of documents, the share that is kept and the speed of
+tokenization. The amount of text comes from the sizes of all files (local or on the hub) and from
+how much text a stored byte holds in three of them. Nothing is written.
 """
 
 import dataclasses
@@ -27,19 +28,18 @@ from nanollama_jax.tokenizer import Tokenizer
 SAMPLE_BYTES, SAMPLE_SECONDS = 4_000_000, 60.0  # whichever comes first
 _LOOK_BYTES = 8_000_000  # of a file that is looked into
 _STREAMS = 8  # the sample is the beginnings of this many ranks' shares
-_UNTRAINED = (
-    4.1,
-    2e6,
-)  # bytes a token, and bytes a second on a core, where there is no tokenizer yet: novels, Mistral's 32,000 pieces; docs/data.md
-_DISK = (
-    1.3,
-    150,
-)  # bytes a token and a document on disk: 1.0 to 1.3 measured for prose and code of 1,000 tokens and more, 3.0 for documents of 80
+# Bytes per token, and bytes per second and core, if there is no tokenizer yet: measured on novels
+# with Mistral's 32,000 pieces (docs/data.md)
+_UNTRAINED = (4.1, 2e6)
+# Bytes per token and per document on disk: measured 1.0 to 1.3 per token for prose and code of 1,000
+# tokens and more, and 3.0 for documents of 80 tokens
+_DISK = (1.3, 150)
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one corpus: `text_bytes` is read, `documents` and `tokens` are written, in `hours` on this machine's cores."""
+    """One corpus: `text_bytes` are read, `documents` and `tokens` are written, in `hours` on the
+    cores of this machine."""
 
     documents: float
     text_bytes: float
@@ -52,7 +52,10 @@ class Estimate:
 def estimate(
     url: str, tokenizer: Tokenizer | None, *, max_tokens: int = 0, keep: str = ""
 ) -> Estimate:
-    """Reads a sample of `url` and scales it to all there is, or to `max_tokens` if that is less. Raises `BadInput` as reading does."""
+    """Reads a sample of `url` and scales it to the whole source, or to `max_tokens` if that is less.
+
+    Raises `BadInput` for a source that cannot be read.
+    """
     kept, read, kept_bytes, is_kept = 0, 0, 0, filter_named(keep)
     started, texts = time.monotonic(), []
     streams = [sources.read_documents(url, rank, _STREAMS) for rank in range(_STREAMS)]
@@ -71,10 +74,8 @@ def estimate(
     if tokenizer:
         tokens, seconds = sum(map(len, tokenizer.encode_batch(texts))), time.monotonic() - started
     else:
-        tokens, seconds = (
-            kept_bytes / _UNTRAINED[0],
-            time.monotonic() - started + kept_bytes / _UNTRAINED[1],
-        )
+        tokens = kept_bytes / _UNTRAINED[0]
+        seconds = time.monotonic() - started + kept_bytes / _UNTRAINED[1]
     all_tokens = tokens * total_bytes / max(read, 1) if total_bytes else max_tokens
     wanted = min(all_tokens, max_tokens or all_tokens)
     scale = wanted / max(tokens, 1)
@@ -98,7 +99,7 @@ def estimate(
 
 
 def text_bytes(url: str) -> float | None:
-    """About how much text a source of files has; None where files do not say."""
+    """About how much text a source of files has; None if that cannot be told from its files."""
     if (found := sources.stored_files(url)) is None or not all(
         formats.is_readable(file) for file in found[0]
     ):
@@ -116,7 +117,7 @@ def text_bytes(url: str) -> float | None:
 
 
 def _text_in(path: str, field: str, size: int) -> float:
-    """A Parquet file says it in its footer; of the others the first megabytes are read."""
+    """From the footer of a Parquet file; from the first megabytes of others."""
     try:
         with fsspec.open(path, "rb") as file:
             if path.endswith(".parquet"):
@@ -161,7 +162,7 @@ def _text(line: bytes, field: str, where: str) -> str:
 
 
 def print_estimates(config: ConfigDict) -> None:
-    """A table of what preparing `config.corpora` will take; of what is prepared already, what there is."""
+    """Prints a table of what preparing `config.corpora` takes, or took if it is prepared already."""
     path = Path(config.tokenizer.path)
     tokenizer = Tokenizer(path) if path.exists() else None
     table = Table(
@@ -201,10 +202,11 @@ def print_estimates(config: ConfigDict) -> None:
     console.print("\n".join(notes))
     if tokenizer is None:
         console.print(
-            f"There is no tokenizer yet: {_UNTRAINED[0]} bytes a token and {_UNTRAINED[1] / 1e6:.0f} MB/s on a core are assumed."
+            f"There is no tokenizer yet: assuming {_UNTRAINED[0]} bytes per token and "
+            f"{_UNTRAINED[1] / 1e6:.0f} MB/s per core."
         )
     console.print(
-        "On top come downloads, which are the network's time, and the search for benchmarks: a tenth of the hours, or less."
+        "Not included: downloads, and the search for benchmarks (a tenth of the hours, or less)."
     )
 
 

@@ -1,12 +1,15 @@
-"""The built-in corpus: text that every installation already holds, so that a first run needs no network and no download.
+"""The built-in corpus: text that every installation already has, so that a first run needs no
+download.
 
-    docs       docstrings, one document a module; the packages' long descriptions; Python's language reference topics
+    docs       docstrings, one document per module; the packages' long descriptions; the topics of
+               Python's language reference
     code       whole Python sources
     reasoning  reasoning-gym's generated questions with their answers
 
-Sources come from the standard library and from packages that requirements.txt pins, read as files and never imported. The documents
-and their order are the same wherever the Python build (to the patch; a distribution may leave modules out) and the pinned versions are;
-requirements.txt pins other versions of jax and flax for Python 3.11 than for 3.12. What else is installed makes no difference.
+Sources come from the standard library and from packages that requirements.txt pins; they are read
+as files and never imported. The documents and their order depend on the Python build (to the patch
+version; a distribution may leave modules out) and on the pinned versions, which differ between
+Python 3.11 and 3.12 for jax and flax. Other installed packages make no difference.
 """
 
 import ast
@@ -59,7 +62,7 @@ DESCRIBED = (
     "tensorflow-datasets",
     "wandb",
 )
-# Tests and vendored copies; `encodings` and jax's `export_back_compat_test_data` are tables that a program wrote.
+# Tests and vendored copies; `encodings` and jax's `export_back_compat_test_data` are generated tables.
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -79,10 +82,12 @@ SKIPPED_FOLDERS = {
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "__config__")
 MIN_CHARACTERS = 200
 
-REASONING_SEED = 20_000_000  # item i is drawn from seed + i: far from the small seeds that SFT, DPO and evaluation use
+# Item i is drawn from seed + i: far from the small seeds that SFT, DPO and evaluation use.
+REASONING_SEED = 20_000_000
 REASONING_ITEMS = 600
-# Not every task will do: list_functions draws from the global generator, ransom_note from the order of a set; gsm_symbolic's templates are
-# questions of GSM8K's test set (corpus/decontaminate.py finds them).
+# Not every task is usable: list_functions draws from the global generator, and ransom_note depends on
+# the order of a set; gsm_symbolic's templates are questions of GSM8K's test set
+# (corpus/decontaminate.py finds them).
 REASONING_TASKS = (
     "aiw",
     "base_conversion",
@@ -113,16 +118,15 @@ REASONING_TASKS = (
 
 
 def read(name: str, rank: int, world_size: int) -> Iterator[tuple[str, str]]:
-    """Yields this rank's documents of `name` as (id, text). The ranks partition the set; each does its own share of the work."""
+    """Yields this rank's documents of `name` as (id, text). The ranks partition the documents."""
     if name not in NAMES:
-        raise BadInput(
-            f"builtin://{name} is no built-in corpus: there are {', '.join('builtin://' + known for known in NAMES)}"
-        )
+        known = ", ".join(f"builtin://{name}" for name in NAMES)
+        raise BadInput(f"builtin://{name} is not a built-in corpus: there are {known}")
     return {"docs": _docs, "code": _code, "reasoning": _reasoning}[name](rank, world_size)
 
 
 def split_key(document_id: str) -> str | None:
-    """The module that a document of docs or code is of, the same in both; None for other documents.
+    """The module that a document of docs or code belongs to; None for other documents.
 
     A module's docstrings are also in its code: both must fall on one side of the validation split.
     """
@@ -154,18 +158,18 @@ def _code(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
 def _reasoning(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
     import reasoning_gym
 
-    if (
-        codecs.lookup(encoding := locale.getpreferredencoding(False)).name != "utf-8"
-    ):  # reasoning_gym reads its texts in it
+    encoding = locale.getpreferredencoding(False)  # reasoning_gym reads its texts in it
+    if codecs.lookup(encoding).name != "utf-8":
         raise BadInput(
-            f"builtin://reasoning needs UTF-8, and the locale's encoding is {encoding}: set PYTHONUTF8=1"
+            f"builtin://reasoning needs UTF-8, and the locale's encoding is {encoding}: set "
+            "PYTHONUTF8=1"
         )
     tasks = {
         task: reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS)
         for task in REASONING_TASKS
     }
     for index in range(rank, REASONING_ITEMS, world_size):
-        for task, items in tasks.items():  # a beginning has all tasks, for a tokenizer's sample
+        for task, items in tasks.items():  # any beginning has all tasks, for a tokenizer's sample
             yield (
                 f"reasoning/{task}/{index}",
                 f"Question: {items[index]['question'].strip()}\nAnswer: {items[index]['answer']}",
@@ -176,7 +180,8 @@ def _reasoning(rank: int, world_size: int) -> Iterator[tuple[str, str]]:
 def _modules(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
     """(dotted name, file) of every module, without importing any.
 
-    In the order of a hash of the names, so that any beginning is a fair sample (a tokenizer is trained on one) and ranks get like shares.
+    In the order of a hash of the names, so that any beginning is a fair sample (a tokenizer is
+    trained on one) and ranks get similar shares.
     """
     found = []
     for package in packages:
@@ -203,13 +208,12 @@ def _root(package: str) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     try:
         spec = importlib.util.find_spec(package)
-    except (
-        ModuleNotFoundError
-    ):  # of orbax.checkpoint, without orbax: a namespace, which holds no code
+    except ModuleNotFoundError:  # orbax.checkpoint, where orbax is not installed
         spec = None
     if spec is None:
         raise BadInput(
-            f"the built-in corpus reads the package {package}, which is not installed: pip install -r requirements.txt"
+            f"the built-in corpus reads the package {package}, which is not installed: pip install "
+            "-r requirements.txt"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -219,16 +223,19 @@ def _description(distribution: str) -> str:
         metadata = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError as error:
         raise BadInput(
-            f"the built-in corpus describes {distribution}, which is not installed: pip install -r requirements.txt"
+            f"the built-in corpus describes {distribution}, which is not installed: pip install "
+            "-r requirements.txt"
         ) from error
-    return f"{metadata['Name']}: {metadata['Summary']}\n\n{metadata.get('Description') or metadata.get_payload() or ''}"
+    description = metadata.get("Description") or metadata.get_payload() or ""
+    return f"{metadata['Name']}: {metadata['Summary']}\n\n{description}"
 
 
 def _docstrings(module: str, path: Path) -> str:
-    """Every docstring of the module under its dotted name and signature, in source order, each text once."""
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # old sources have invalid escapes, which is none of the reader's concern
+    """Every docstring of the module under its dotted name and signature, in source order.
+
+    Repeated docstrings are left out.
+    """
+    with warnings.catch_warnings(action="ignore"):  # old sources have invalid escapes
         tree = ast.parse(path.read_bytes())
     sections: dict[str, str] = {}  # docstring -> heading
 

@@ -1,9 +1,11 @@
-"""Small problems with the steps that solve them, and pairs of a right and a wrong solution, made by the row and without end.
+"""Generates small problems with the steps that solve them, and pairs of a right and a wrong
+solution; any number of rows.
 
-The questions and what counts as a right answer are reasoning-gym's; the thoughts are worked out here, and their last line has the answer. A
-question is of the test split or of train by the hash of its steps alone, so that neither has one of the other's, nor asks for the same steps in other
-words (gcd of 34 and 51, and of 51 and 34); the built-in corpus has no question of test. Records depend on the split and the index alone: not on the
-process, nor on the version of Python.
+Questions and scores are reasoning-gym's; the thoughts are computed here, and their last line has
+the answer. The split of a question is decided by the hash of its steps alone, so that the splits
+share no question and no steps in other words (gcd of 34 and 51, and of 51 and 34). The built-in
+corpus has no question of the test split. Records depend only on the split and the index, not on the
+process or the version of Python.
 """
 
 import functools
@@ -14,9 +16,9 @@ from typing import Any
 
 from nanollama_jax.synthetic.builtin import REASONING_ITEMS, REASONING_SEED
 
-# One name per share: row i is of task i, round and round.
+# Row i is of task i modulo their number; a task that is named twice has twice the share.
 TASKS = ("chain_sum", "number_sorting", "chain_sum", "number_filtering", "leg_counting", "gcd")
-# Item i is drawn from seed + i: far from the built-in corpus's (synthetic/builtin.py), and from each other.
+# Item i is drawn from seed + i: far from the built-in corpus's seeds, and from each other.
 SEEDS = {"train": (10**9, 10**10), "test": (10**10, 2 * 10**10)}
 _NUMBERS = {"min_decimals": 0, "max_decimals": 0, "min_value": 1, "max_value": 99}
 _SIZES = {
@@ -29,7 +31,10 @@ _SIZES = {
 
 
 def conversations(split: str, index: int) -> dict[str, str]:
-    """Row `index` of "train" or "test": {"question", "thought", "answer"} (chat/conversations.py), the answer bare; any `index` will do."""
+    """Row `index` of "train" or "test": {"question", "thought", "answer"} (chat/conversations.py).
+
+    The answer is bare; `index` has no limit.
+    """
     task, entry = _draw(random.Random(f"reasoning {split} {index}"), split, index)
     return {
         "question": entry["question"].strip(),
@@ -39,10 +44,12 @@ def conversations(split: str, index: int) -> dict[str, str]:
 
 
 def preferences(split: str, index: int) -> dict[str, Any]:
-    """Row `index` of pairs: {"prompt", "chosen", "rejected"} (chat/preference.py), of other questions than `conversations` has at that index.
+    """Row `index` of pairs: {"prompt", "chosen", "rejected"} (chat/preference.py).
 
-    Either answer is a message with its thought, which in the rejected one goes wrong at its last line. The task scores the chosen answer 1.0,
-    the rejected one less: a near miss, or for a number perhaps the answer to another question.
+    The questions differ from those of `conversations`. Each answer is a message with its thought;
+    the rejected one goes wrong in the last line of its thought. The task scores the chosen answer
+    1.0 and the rejected one less: a near miss or, for a number, perhaps the answer to another
+    question.
     """
     rng = random.Random(f"preference {split} {index}")
     task, entry = _draw(rng, split, index)
@@ -60,13 +67,13 @@ def preferences(split: str, index: int) -> dict[str, Any]:
 
 
 def check(split: str, index: int, answer: str) -> bool:
-    """Whether the task scores `answer` 1.0 as that to the question of `conversations(split, index)`."""
+    """Whether the task scores `answer` 1.0 for the question of `conversations(split, index)`."""
     task, entry = _draw(random.Random(f"reasoning {split} {index}"), split, index)
     return _score(task, entry, answer.strip()) == 1
 
 
 def _draw(rng: random.Random, split: str, index: int) -> tuple[str, dict[str, Any]]:
-    """A task and an item of it that is the split's."""
+    """A task and an item of it that belongs to the split."""
     task = TASKS[index % len(TASKS)]
     while True:
         entry = _dataset(task)[rng.randrange(*SEEDS[split])]
@@ -86,7 +93,10 @@ def _dataset(task: str) -> Any:
 
 @functools.cache
 def _built_in(task: str) -> frozenset[str]:
-    """The questions that a model pre-trained on builtin://reasoning has seen: a sum of two digits is soon drawn again."""
+    """The questions of builtin://reasoning, which a pre-trained model has seen.
+
+    Without this check, a sum of two digits would soon be drawn again.
+    """
     import reasoning_gym
 
     items = reasoning_gym.create_dataset(task, seed=REASONING_SEED, size=REASONING_ITEMS)
@@ -98,7 +108,7 @@ def _score(task: str, entry: dict[str, Any], answer: str) -> float:
 
 
 def _thought(task: str, entry: dict[str, Any], answer: str) -> str:
-    """The steps, of which the last gives `answer`, right or not."""
+    """The steps; the last one gives `answer`, right or wrong."""
     return "\n".join(_STEPS[task](entry["metadata"], answer))
 
 
@@ -163,7 +173,7 @@ _STEPS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {
 
 
 def _near_misses(task: str, entry: dict[str, Any], rng: random.Random) -> list[str]:
-    """Answers that someone could give who slipped; some can be right by chance."""
+    """Answers with a plausible slip; some can be right by chance."""
     if task == "number_sorting":
         right = entry["metadata"]["sorted_numbers"]
         at, gone = rng.randrange(len(right) - 1), rng.randrange(len(right))

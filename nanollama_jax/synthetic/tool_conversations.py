@@ -1,8 +1,10 @@
-"""Conversations that use tools, made by the row and without end: each call is run, so that every result and every answer is a computed one.
+"""Generates conversations that use tools; any number of rows. Each call is run, so that every
+result and every answer is computed.
 
-A conversation offers one to four tools (tools.py) and is of one of the `KINDS`. Requests of the test split are put in words that train never uses in
-that order, and ask for calls that train never draws (`_is_test`; the second call of a chain follows from the first). Records depend on the split and
-the index alone: not on the process, nor on the version of Python.
+A conversation offers one to four tools (tools.py) and is of one of the `KINDS`. Requests of the
+test split use wordings that train never uses, and ask for calls that train never draws (`_is_test`;
+the second call of a chain follows from the first). Records depend only on the split and the index,
+not on the process or the version of Python.
 """
 
 import dataclasses
@@ -23,7 +25,10 @@ THOUGHTS = 0.75  # of the assistant's messages that decide something
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A call of `first`, then one of `second`. Templates have the names of both calls, and {n}, a number from 2 to 9 of the request."""
+    """A call of `first`, then one of `second`.
+
+    Templates have the argument names of both calls, and {n}, a number from 2 to 9 in the request.
+    """
 
     first: str
     second: str
@@ -173,7 +178,8 @@ _STAND_INS = {
 
 
 def conversations(split: str, index: int) -> dict[str, Any]:
-    """Row `index` of "train" or "test" in OpenAI's form (chat/conversations.py): {"messages", "tools"}, with its "kind"; any `index` will do."""
+    """Row `index` of "train" or "test" in OpenAI's form (chat/conversations.py): {"messages",
+    "tools"}, with its "kind"; `index` has no limit."""
     rng = random.Random(f"tools {split} {index}")
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     messages, names = {
@@ -187,7 +193,8 @@ def conversations(split: str, index: int) -> dict[str, Any]:
 
 
 def transcript(split: str, index: int) -> dict[str, str]:
-    """{"text"} of another conversation, for pre-training: plain words and JSON, none of the chat's tokens. So a tokenizer gets to know them."""
+    """{"text"} of another conversation, for pre-training: plain words and JSON without the chat
+    tokens, so that a tokenizer is trained on such text too."""
     row = conversations(split, index + 10**9)
     lines = [json.dumps(tool) for tool in row["tools"]]
     for message in row["messages"]:

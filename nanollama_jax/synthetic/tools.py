@@ -1,5 +1,7 @@
-"""Ten small tools over short lists, dates and a seeded world, for conversations that use tools (tool_conversations.py): what they take, how they are
-run, and in which words they are asked for. Facts about the world are the same in every conversation.
+"""Ten small tools over short lists, dates and a seeded world, for tool_conversations.py.
+
+Each tool has the schema of its arguments, the function that runs it, and the words that ask for it.
+Facts about the world are the same in every conversation.
 """
 
 import dataclasses
@@ -112,7 +114,8 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """Templates have the arguments' names in braces; `answer` the result's too; {sign} is an operation's."""
+    """Templates have the arguments' names in braces, `answer` also the result's; {sign} is the word
+    for an operation."""
 
     description: str
     properties: dict[str, dict[str, Any]]  # JSON schemas of the arguments, all required
@@ -132,13 +135,14 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def execute(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the tool answers. Raises `BadInput` for a tool that there is not and for arguments that it does not take."""
+    """Runs a tool. Raises `BadInput` for an unknown tool or for arguments that it does not take."""
     if name not in TOOLS:
         raise BadInput(f"there is no tool {name!r}: there are {', '.join(TOOLS)}")
     properties = TOOLS[name].properties
     if set(arguments) != set(properties):
         raise BadInput(
-            f"{name} takes {', '.join(properties)}, not {', '.join(arguments) or 'nothing'}: give all of them and no others"
+            f"{name} takes {', '.join(properties)}, not {', '.join(arguments) or 'nothing'}: give "
+            "all of them and no others"
         )
     for argument, value in arguments.items():
         kind, among = properties[argument]["type"], properties[argument].get("enum")
@@ -157,16 +161,11 @@ def execute(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calculate(operation: str, a: float, b: float) -> dict[str, Any]:
-    return {
-        "result": _whole(
-            round(
-                {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
-                if operation != "divide"
-                else a / b,
-                2,
-            )
-        )
-    }
+    if operation == "divide":
+        result = a / b
+    else:
+        result = {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
+    return {"result": _whole(round(result, 2))}
 
 
 def _convert_units(value: float, from_unit: str, to_unit: str) -> dict[str, Any]:
@@ -205,12 +204,8 @@ def _get_weather(city: str, date: str) -> dict[str, Any]:
 
 
 def _get_distance(from_city: str, to_city: str) -> dict[str, Any]:
-    return {
-        "km": 10
-        * _world("distance", *sorted((_known(from_city, CITIES), _known(to_city, CITIES)))).randint(
-            20, 1500
-        )
-    }
+    cities = sorted((_known(from_city, CITIES), _known(to_city, CITIES)))
+    return {"km": 10 * _world("distance", *cities).randint(20, 1500)}
 
 
 def _count_letter(word: str, letter: str) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def _count_letter(word: str, letter: str) -> dict[str, Any]:
 
 
 def _world(*names: str) -> random.Random:
-    """Where the facts about `names` come from, the same in every conversation."""
+    """The generator of the facts about `names`, the same in every conversation."""
     return random.Random(f"world {' '.join(names)}")
 
 

@@ -130,7 +130,7 @@ def test_tool_calls_as_openai_writes_them():
     ):
         assert parse_conversation(TOOL_USE | {"tools": tools}, "x:1").tools == (ADD,)
     tagged = ANSWER | {"content": '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>\n'}
-    assert "message 2: `content` is a <tool_call>, which would be learnt as text" in mistake(
+    assert "message 2: `content` is a <tool_call>, which would be learned as text" in mistake(
         TOOL_USE | {"messages": [USER, tagged]}
     )
     bare = changed(TOOL_USE, [{"name": "add", "arguments": {"a": 2}}], "messages", 1, "tool_calls")

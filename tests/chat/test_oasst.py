@@ -258,12 +258,12 @@ def test_strict_reading_stops_at_a_bad_row_and_other_reading_goes_on(tmp_path):
 def test_what_the_options_do_not_know(tmp_path):
     url = write_jsonl(tmp_path / "a.jsonl", ROWS).removesuffix("?tree=oasst")
     for options, complaint in (
-        ("?tree=threads", "tree=threads is not known: there is oasst"),
-        ("?lang=en", "lang chooses among trees: add &tree=oasst"),
+        ("?tree=threads", "tree=threads is unknown: there is only oasst"),
+        ("?lang=en", "lang selects trees: add &tree=oasst"),
     ):
         with pytest.raises(BadInput, match=complaint):
             next(read_records(url + options))
-    with pytest.raises(BadInput, match="2 ranks would tear its trees apart"):
+    with pytest.raises(BadInput, match="2 ranks would split its trees"):
         next(read_records(f"{url}?tree=oasst", 0, 2))
     with pytest.raises(BadInput, match="unknown option 'tree'"):
         next(read_records("tfds://oasst?tree=oasst"))

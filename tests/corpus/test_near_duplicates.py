@@ -301,9 +301,9 @@ def test_hashes_are_even(tmp_path):
     [
         (None, "missing"),
         ("{", "damaged"),
-        ('{"format": "other", "leave_out": []}', "no report"),
-        ("[]", "no report"),
-        ("3", "no report"),
+        ('{"format": "other", "leave_out": []}', "or not a report"),
+        ("[]", "or not a report"),
+        ("3", "or not a report"),
         (json.dumps({"format": FORMAT}), "damaged"),
         (json.dumps({"format": FORMAT, "sources": ["file://a"], "leave_out": [1]}), "damaged"),
     ],
