@@ -54,7 +54,7 @@ class _Train(types.ModuleType):
     or be shadowed by it, depending on what was imported first."""
 
     def __call__(self, config: "ConfigDict", workdir: str | pathlib.Path) -> bool:
-        """Trains all stages of a recipe, or resumes them.
+        """Trains all stages of a recipe, or on your own text, and resumes.
 
         Args:
           config: what a recipe's `get_config` returns.
@@ -67,6 +67,10 @@ class _Train(types.ModuleType):
           BadInput: something is wrong with the recipe or the data, before anything is allocated.
           RunStopped: a gate failed, or the run diverged.
         """
+        if "text" in config:
+            from nanollama_jax import own
+
+            return own.run(config, workdir).finished
         if "stages" in config:
             from nanollama_jax import curriculum
 

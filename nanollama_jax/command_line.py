@@ -87,7 +87,9 @@ def named_urls(arguments: list[str]) -> dict[str, str]:
 
 
 def flags_parser(
-    config: "flags.FlagHolder", module: str = "__main__"
+    config: "flags.FlagHolder",
+    module: str = "__main__",
+    instead: "flags.FlagHolder | None" = None,
 ) -> Callable[[list[str]], list[str]]:
     """A `flags_parser` for `absl.app.run`, for a command that takes a recipe.
 
@@ -97,6 +99,7 @@ def flags_parser(
     Args:
       config: the flag of the recipe, which is required and checked.
       module: the module that defines the command's flags.
+      instead: a flag that may be given in place of the recipe.
     """
     from absl import flags
 
@@ -115,6 +118,10 @@ def flags_parser(
                         f"unexpected argument {rest[1]!r}: overrides are written "
                         "--config.NAME=VALUE"
                     )
+                if instead is not None and instead.value is not None:
+                    if config.value is not None:
+                        raise ValueError(f"give either --config or --{instead.name}")
+                    return rest
                 if config.value is None:
                     raise ValueError("--config is missing: try --config configs/curriculum.py:nano")
                 check(config.value)  # ml_collections reports a load error at the first access

@@ -37,7 +37,7 @@ from benchmarks.cases import run_cases
 from benchmarks.report import collect, has_gpu
 from nanollama_jax import settings
 from nanollama_jax.command_line import ArgumentParser, named_urls
-from nanollama_jax.errors import ArgumentParser, BadInput, one_line_errors
+from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.recipes import BENCHMARKS, MODELS
 
 WHAT = (

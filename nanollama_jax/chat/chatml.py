@@ -15,7 +15,7 @@
     It is 5.<|im_end|>
 
 Text is encoded stretch by stretch, from one special token to the next: what a user, a tool or a document says never becomes a special token.
-`export/chat_template.jinja` writes the same, for Hugging Face's and llama.cpp's encoders, which find special tokens in any text: who serves
+`chat_template.jinja` writes the same, for Hugging Face's and llama.cpp's encoders, which find special tokens in any text: who serves
 strangers encodes here. An answer, like a thought, loses whitespace around it.
 """
 

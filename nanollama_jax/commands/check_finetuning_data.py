@@ -14,9 +14,9 @@ import collections
 import re
 import sys
 
-from nanollama_jax.chat.preference import check
 from nanollama_jax.command_line import ArgumentParser
 from nanollama_jax.console import Table, console
+from nanollama_jax.corpus.rows import check
 from nanollama_jax.errors import BadInput, one_line_errors
 
 COLUMNS = (

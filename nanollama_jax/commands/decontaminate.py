@@ -4,7 +4,8 @@
     nanollama decontaminate data/fineweb_edu --tokenizer data/tokenizer.model
     nanollama decontaminate file://page.txt --benchmark gsm8k=file://gsm8k/test.jsonl
 
-The default benchmarks are those of configs/corpora.py, read from the hub. The name of a benchmark
+The default benchmarks are those of nanollama_jax/recipes/corpora.py, read from
+the hub. The name of a benchmark
 says how its records are read: mmlu, gsm8k, hellaswag, arc, truthfulqa, mt_bench, bfcl or text. The
 report lists document, item and span of each hit. Preparation runs the same search itself
 (config.data.benchmarks).
@@ -19,9 +20,9 @@ from datatrove.data import Document
 from nanollama_jax.command_line import ArgumentParser, named_urls
 from nanollama_jax.console import Table, console
 from nanollama_jax.corpus import decontaminate, sources
-from nanollama_jax.data import shards
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.files import output_file, write_json
+from nanollama_jax.recipes import BENCHMARKS
 from nanollama_jax.tokenizer import Tokenizer
 
 SECONDS = 10  # between two lines of progress
@@ -46,7 +47,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with one_line_errors():
-        benchmarks = named_urls(arguments.benchmark) or default_benchmarks()
+        benchmarks = named_urls(arguments.benchmark) or BENCHMARKS
         check_out(output_file(arguments.out))
         documents = read(arguments.text, arguments.tokenizer)
         index = decontaminate.Index(decontaminate.read_benchmarks(benchmarks))
@@ -64,17 +65,6 @@ def main() -> None:
     )
 
 
-def default_benchmarks() -> dict[str, str]:
-    try:
-        from configs.corpora import BENCHMARKS
-    except ModuleNotFoundError as error:
-        raise BadInput(
-            "the default benchmarks are in configs/corpora.py: run this in a checkout, or give "
-            "--benchmark NAME=URL"
-        ) from error
-    return BENCHMARKS
-
-
 def check_out(out: pathlib.Path) -> None:
     if out.exists():
         raise BadInput(f"--out {out} exists: choose another name")
@@ -86,7 +76,7 @@ def read(text: str, tokenizer: str | None) -> Iterator[Document]:
     if "://" in text:
         return sources.read_documents(text, 0, 1)
     if tokenizer:
-        return shards.read_documents(text, Tokenizer(tokenizer))
+        return sources.read_prepared(text, Tokenizer(tokenizer))
     raise BadInput(
         f"{text} is no source URL, as in file://texts/*.txt; for a prepared corpus, also give "
         "--tokenizer"

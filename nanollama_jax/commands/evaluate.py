@@ -21,7 +21,6 @@ from nanollama_jax.console import console, track
 from nanollama_jax.corpus import sources
 from nanollama_jax.errors import BadInput, one_line_errors
 from nanollama_jax.evals import perplexity, verifiable
-from nanollama_jax.export.model_card import provenance
 from nanollama_jax.files import output_file, write_json
 from nanollama_jax.infer.engine import Engine
 from nanollama_jax.infer.samples import parts
@@ -65,13 +64,13 @@ def main() -> None:
             context_length=loaded.context_length,
         )
         console.print(
-            f"{loaded.path}: step {loaded.metadata['step']:,} of {loaded.metadata['phase']}, "
+            f"{loaded.path}: step {loaded.metadata.step:,} of {loaded.metadata.phase}, "
             f"rope theta {loaded.rope_theta:,.0f}"
         )
         results = dict(
             checkpoint=str(loaded.path),
             rope_theta=loaded.rope_theta,
-            provenance=provenance(loaded.metadata),
+            provenance=checkpoint.provenance(loaded.metadata),
         )
         if "perplexity" in tasks:
             results |= measure_perplexity(arguments, engine)
@@ -154,7 +153,7 @@ def ask(arguments: argparse.Namespace, engine: Engine, tasks: list[str]) -> dict
 
 
 def measure_perplexity(arguments: argparse.Namespace, engine: Engine) -> dict[str, Any]:
-    context, stride = perplexity.settle(
+    context, stride = perplexity.resolve(
         arguments.rule, arguments.context, arguments.stride, engine.context_length
     )
     console.print(f"perplexity, {perplexity.describe(arguments.rule, context, stride)}")

@@ -13,7 +13,7 @@ from nanollama_jax.command_line import ArgumentParser
 from nanollama_jax.config import check_workdir
 from nanollama_jax.console import console, error_console
 from nanollama_jax.errors import one_line_errors
-from nanollama_jax.export import hf, llama2c
+from nanollama_jax.export import hf_import, llama2c
 from nanollama_jax.files import output_path
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         output_path(arguments.workdir, "--workdir")
         check_workdir(arguments.workdir)
         if arguments.folder:
-            loaded = hf.read(arguments.folder)
+            loaded = hf_import.read(arguments.folder)
         else:
             loaded = llama2c.read(arguments.llama2c, arguments.tokenizer)
         written = checkpoint.save_weights(loaded, arguments.workdir)

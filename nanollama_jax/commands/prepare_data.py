@@ -6,8 +6,15 @@
 --config.corpora.fineweb_edu.url='file:///texts/*.jsonl.zst'
     nanollama prepare-data --config configs/sft.py \
 --config.tuning.metamath.url='file://chats/*.jsonl'
-    nanollama prepare-data --config configs/phase1.py --executor slurm --partition cpu
     nanollama prepare-data --config configs/phase1.py --executor ray
+
+As an array of independent processes, here of Slurm: the first command sets everything up, and the
+last one completes what the array did.
+
+    nanollama prepare-data --config configs/phase1.py --num_ranks 100
+    sbatch --array=0-99 --mem=4G --wrap='nanollama prepare-data --config configs/phase1.py \
+--num_ranks 100 --rank $SLURM_ARRAY_TASK_ID'
+    nanollama prepare-data --config configs/phase1.py
 
 For pre-training it trains the tokenizer if there is none, then decontaminates and tokenises every
 source. For fine-tuning it adds the chat tokens to the tokenizer and encodes the conversations or
@@ -41,9 +48,12 @@ EXECUTOR = flags.DEFINE_enum("executor", "local", KINDS, "Where the work is done
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Parallel ranks; 0: one per core, or as many as the cluster has room for."
 )
-PARTITION = flags.DEFINE_string("partition", "", "Slurm: the partition.")
-TIME = flags.DEFINE_string("time", "24:00:00", "Slurm: time limit of a rank.")
-MEMORY_GB = flags.DEFINE_integer("memory_gb", 4, "Slurm: memory of a rank, which has one core.")
+NUM_RANKS = flags.DEFINE_integer(
+    "num_ranks", 0, "Share the work among this many processes, such as the tasks of a Slurm array."
+)
+RANK = flags.DEFINE_integer(
+    "rank", None, "With --num_ranks, the index of this process; without it, only set up."
+)
 
 
 def main() -> None:
@@ -65,11 +75,9 @@ def prepare(_: list[str]) -> None:
         from nanollama_jax.curriculum import stages_of  # imports jax, which an estimate can skip
 
         stages = stages_of(config).values()
+        executor = Executor(EXECUTOR.value, WORKERS.value, NUM_RANKS.value, RANK.value)
         if any(stage.task == "pretrain" for stage in stages):
-            executor = Executor(
-                EXECUTOR.value, WORKERS.value, PARTITION.value, TIME.value, MEMORY_GB.value
-            )
             prepare_all(config, executor)
         for stage in stages:
-            if stage.task != "pretrain":
+            if stage.task != "pretrain" and not executor.num_ranks:
                 prepare_stage(stage)

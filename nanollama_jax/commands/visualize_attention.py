@@ -61,7 +61,7 @@ def main() -> None:
             )
         maps = attention_maps(loaded.model, loaded.params, ids, loaded.rope_theta, arguments.bins)
         title = (
-            f"{arguments.checkpoint}, step {loaded.metadata['step']:,}: {len(ids):,} tokens of "
+            f"{arguments.checkpoint}, step {loaded.metadata.step:,}: {len(ids):,} tokens of "
             f"{pathlib.Path(arguments.text_file).name}, rope theta {loaded.rope_theta:,.0f}"
         )
         plot(maps, layers, title, arguments.out)

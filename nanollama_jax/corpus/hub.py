@@ -57,6 +57,8 @@ def read_hub(
                 last = f"hf://{path}/{split}/{shard}:{number + 1}"
                 if number % step == first:
                     yield last, without_inner_nulls(record)
+    except BadInput:
+        raise
     except (
         OSError,
         ValueError,

@@ -17,7 +17,6 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from nanollama_jax.corpus.finetuning import SAID
 from nanollama_jax.data.pipeline import Batch, Source, source_seed, whole_batches
 from nanollama_jax.data.records import SAID
 from nanollama_jax.data.shards import naming_shard, split_shards

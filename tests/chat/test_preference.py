@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from nanollama_jax.chat.conversations import Conversation, Message, read_rows
-from nanollama_jax.chat.preference import Preference, check, parse_preference, parse_row
+from nanollama_jax.chat.conversations import Conversation, Message
+from nanollama_jax.chat.preference import Preference, parse_preference, parse_row
 from nanollama_jax.commands.check_finetuning_data import kind_of_mistake
 from nanollama_jax.corpus.rows import check, read_rows
 from nanollama_jax.errors import BadInput
