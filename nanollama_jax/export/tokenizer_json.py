@@ -21,7 +21,9 @@ from nanollama_jax.tokenizer import TURN_END, Tokenizer
 
 # chat/chatml.py in Jinja. The assistant's words are between {% generation %} tags, which trainers
 # need and not every Jinja knows.
-CHAT_TEMPLATE = importlib.resources.read_text("nanollama_jax.chat", "chat_template.jinja")
+CHAT_TEMPLATE = (
+    importlib.resources.files("nanollama_jax.chat") / "chat_template.jinja"
+).read_text()
 PLAIN_CHAT_TEMPLATE = re.sub(r"\{%- (end)?generation -%\}", "", CHAT_TEMPLATE)
 _Piece = spm.ModelProto.SentencePiece
 
