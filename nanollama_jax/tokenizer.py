@@ -253,7 +253,8 @@ class Tokenizer:
                 return dict.fromkeys(("tokenizer.json", "GGUF"), what)
         found = {}
         if special:  # llama.cpp merges into any piece
-            found["GGUF"] = f"has special pieces that llama.cpp finds in text ({named(special)})"
+            reason = "has special pieces that llama.cpp would make of plain text"
+            found["GGUF"] = f"{reason} ({named(special)})"
         elif clash := _overlap(symbols):
             # llama.cpp searches the longest first, SentencePiece from left to right
             found["GGUF"] = f"has user-defined symbols that overlap ({clash})"
