@@ -8,7 +8,7 @@ import pathlib
 COMPILE_FAST = "--xla_llvm_disable_expensive_passes=true"
 if os.environ.get("NANOLLAMA_TEST_GPU") != "1":  # tests/gpu
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=2 {COMPILE_FAST}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {COMPILE_FAST}"
 
 import jax
 import pytest
