@@ -1,10 +1,13 @@
-"""Two CPU devices for every test, and optional real data: a test that wants it skips, with a reason, where there is none."""
+"""Four CPU devices for every test, the `slow` marker, and optional real data.
+
+A test that needs the optional data skips, with a reason, where it is absent.
+"""
 
 # ruff: noqa: E402  jax reads its flags when it is imported
 import os
 import pathlib
 
-# Most of a test's time is compiling: fewer LLVM passes. They change the speed of a program, not its meaning.
+# Most of a test's time is compiling. Fewer LLVM passes change a program's speed, not its meaning.
 COMPILE_FAST = "--xla_llvm_disable_expensive_passes=true"
 if os.environ.get("NANOLLAMA_TEST_GPU") != "1":  # tests/gpu
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,6 +21,20 @@ from tests.trained import chat_tokenizer, trained  # noqa: F401  fixtures
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT / "../shared/data"
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+# A test is slow if it carries the marker, or if it needs one of these fixtures, which train.
+SLOW_FIXTURES = {"trained", "lab"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of `make test-fast`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
