@@ -23,8 +23,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 SHARED_DATA = ROOT / "../shared/data"
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
-# A test is slow if it carries the marker, or if it needs one of these fixtures, which train.
+# A test is slow if it carries the marker, if it needs one of these fixtures, which train, or if its
+# file is one of these, whose tests compile full steps, or start Ray or groups of processes.
 SLOW_FIXTURES = {"trained", "lab"}
+SLOW_FILES = {
+    "corpus/test_executor.py",
+    "corpus/test_prepare_faults.py",
+    "model/test_flash_attention.py",
+    "model/test_llama.py",
+    "planning/test_memory.py",
+    "test_distributed.py",
+    "train/test_preference.py",
+    "train/test_step.py",
+    "train/test_trl.py",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,7 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        if file in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
@@ -42,6 +55,12 @@ def shared_data() -> pathlib.Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the optional folder of real test data is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The optional folder, or the excerpts of it that ship with the tests, laid out alike."""
+    return SHARED_DATA if SHARED_DATA.is_dir() else FIXTURES
 
 
 @pytest.fixture
