@@ -1,4 +1,4 @@
-"""The mesh: the real program computes the same on every shape of it, and the helpers put arrays where they say."""
+"""The mesh: the real program computes the same on every shape of it; the helpers place arrays."""
 
 import jax
 import jax.numpy as jnp
