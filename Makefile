@@ -10,8 +10,10 @@
 
 # The first Python of version 3.11 or 3.12 that runs; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
-REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+		&& echo $$p && break; done)
+REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 \
+	&& echo requirements-cuda12.txt || echo requirements.txt)
 RUN := .venv/bin/python
 # Large pages for large allocations (glibc; ignored elsewhere): on a CPU, XLA allocates its buffers
 # again at every step.

@@ -40,7 +40,7 @@ def batch_of(B, T):
 
 
 def one_step(data, fsdp, accumulation=1):
-    """(metrics, gradients, parameters): AdamW's first moment after one step is 0.1 x the gradient."""
+    """(metrics, gradients, initial and new parameters). AdamW's first moment is 0.1 x gradient."""
     config = phase1.get_config("nano")
     config.update(batch_size=8, seq_len=32, tokens_per_step=256, accumulation=accumulation)
     config.optimizer.clip_norm = 1e9

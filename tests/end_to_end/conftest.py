@@ -1,4 +1,4 @@
-"""A tiny curriculum of four stages, run as a user runs it: `python main.py ...` in a process of its own."""
+"""A tiny curriculum of four stages, run as a user runs it: `python main.py ...` in a process."""
 
 import dataclasses
 import json
