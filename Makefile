@@ -1,32 +1,45 @@
-# make quickstart    train the nano model through the whole curriculum, export it, compare the exports; again: resume, or only export
+# make quickstart    train the nano model through the whole curriculum, export it, compare exports;
+#                    run again to resume, or only to export
 # make test          every test
+# make test-fast     the tests that are not marked slow
 # make lint          the linter
 # make benchmark     speed, beside what one would use instead
-# make bench-gpu     the same on an NVIDIA GPU, at 1B scale: each command takes at most 10 minutes, the most valuable come first
+# make bench-gpu     speed on an NVIDIA GPU at 1B scale: at most 10 minutes a command, the most
+#                    valuable first
 # make test-gpu      the tests that need an NVIDIA GPU (Hopper)
 
 # The first Python of version 3.11 or 3.12 that runs; name another with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
-REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements-cuda12.txt || echo requirements.txt)
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+		&& echo $$p && break; done)
+REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 \
+	&& echo requirements-cuda12.txt || echo requirements.txt)
 RUN := .venv/bin/python
-# Large pages for large allocations (glibc; ignored elsewhere): XLA takes its buffers anew at each step of a CPU run.
+# Large pages for large allocations (glibc; ignored elsewhere): on a CPU, XLA allocates its buffers
+# again at every step.
 QUICK := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 NANO := runs/curriculum_nano
 
-.PHONY: quickstart test lint benchmark bench-gpu test-gpu
+.PHONY: quickstart test test-fast lint benchmark bench-gpu test-gpu
 quickstart: .venv/installed-$(REQUIREMENTS)
 	$(QUICK) $(RUN) main.py --config configs/curriculum.py:nano
 	$(RUN) tools/export_hf.py --checkpoint $(NANO) --out $(NANO)/exports/hf --overwrite
-	$(RUN) tools/export_gguf.py --checkpoint $(NANO) --type q8_0 --out $(NANO)/exports/nano-q8_0.gguf --overwrite
-	$(RUN) tools/compare_exports.py --checkpoint $(NANO) --hf $(NANO)/exports/hf --gguf $(NANO)/exports/nano-q8_0.gguf --prompt 'Question:'
-	$(RUN) tools/chat.py --checkpoint $(NANO) --ask 'State the final answer to the following arithmetic problem: 12 + 7 ='
-	$(RUN) tools/chat.py --checkpoint $(NANO) --tools get_price,get_weather --ask 'What does a ball cost in Berlin?'
+	$(RUN) tools/export_gguf.py --checkpoint $(NANO) --type q8_0 --overwrite \
+		--out $(NANO)/exports/nano-q8_0.gguf
+	$(RUN) tools/compare_exports.py --checkpoint $(NANO) --prompt 'Question:' \
+		--hf $(NANO)/exports/hf --gguf $(NANO)/exports/nano-q8_0.gguf
+	$(RUN) tools/chat.py --checkpoint $(NANO) \
+		--ask 'State the final answer to the following arithmetic problem: 12 + 7 ='
+	$(RUN) tools/chat.py --checkpoint $(NANO) --tools get_price,get_weather \
+		--ask 'What does a ball cost in Berlin?'
 	@echo "Talk to it: $(RUN) tools/chat.py --checkpoint $(NANO)"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/installed-dev
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/installed-dev
 	$(RUN) -m ruff check .
@@ -50,9 +63,10 @@ bench-gpu: .venv/installed-dev
 test-gpu: .venv/installed-dev
 	NANOLLAMA_TEST_GPU=1 $(RUN) -m pytest tests/gpu
 
-# One stamp per requirements file: a driver that comes later brings the GPU build with it.
+# One stamp per requirements file, so that installing a driver later installs the GPU build.
 .venv/installed-$(REQUIREMENTS): requirements.txt $(REQUIREMENTS)
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or name it with PYTHON=..."; exit 2; }
+	@test -n "$(PYTHON)" || { \
+		echo "error: no Python 3.11 or 3.12 found: install one, or set PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r $(REQUIREMENTS)
 	@touch $@

@@ -558,7 +558,8 @@ def main() -> None:
     print("\n\n".join(sorted(failures)))
     for tool, counts in sorted(table.items()):
         print(
-            f"{tool:22} {counts.total():6} calls: {', '.join(f'{count} {what}' for what, count in counts.most_common())}"
+            f"{tool:22} {counts.total():6} calls: "
+            + ", ".join(f"{count} {what}" for what, count in counts.most_common())
         )
     sys.exit(bool(failures))
 

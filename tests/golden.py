@@ -1,10 +1,12 @@
-"""A golden run: 50 steps of pre-training at nano's shape on made-up text, then SFT and DPO from it, as main.py runs them.
+"""A golden run: 50 steps of pre-training at nano's shape on generated text, then SFT and DPO from it,
+as main.py runs them.
 
-    python -m tests.golden --write tests/golden.json     records each step's figures, and checksums of the final parameters
-    python -m tests.golden --exact tests/golden.json     compares this machine's figures with them, bit for bit
+    python -m tests.golden --write tests/golden.json   records each step's figures, and checksums of
+                                                       the final parameters
+    python -m tests.golden --exact tests/golden.json   compares this machine's figures, bit for bit
 
-tests/end_to_end/test_golden.py compares them with a tolerance: another CPU rounds otherwise. A change that is meant to move the curve
-records it again and says why in its commit.
+tests/end_to_end/test_golden.py compares with a tolerance, because CPUs round differently. A change
+that is meant to move the curve records it again and says why in its commit.
 """
 
 import argparse
@@ -29,7 +31,7 @@ LOGGED = ("loss", "grad_norm", "lr", "rope_theta", "batch_crc32", "margin", "acc
 
 
 def run(lab: Lab, root: pathlib.Path) -> dict[str, Any]:
-    """task -> {"steps": figures of each step, "params_sha256": of the float32 parameters after the last}."""
+    """task -> {"steps": each step's figures, "params_sha256": of the final float32 parameters}."""
     model = [f"--config.model.{key}={value}" for key, value in NANO.items()]
     pretrain = [
         f"--config.end_step={STEPS}",
@@ -81,9 +83,8 @@ def main() -> None:
                 if found[task]["steps"].get(step) != row
             ]
             same = expected[task]["params_sha256"] == found[task]["params_sha256"]
-            print(
-                f"{task}: steps that differ: {', '.join(differing) or 'none'}; final parameters {'the same' if same else 'differ'}"
-            )
+            print(f"{task}: steps that differ: {', '.join(differing) or 'none'}")
+            print(f"{task}: final parameters {'are the same' if same else 'differ'}")
         sys.exit(1)
 
 

@@ -1,6 +1,7 @@
-"""A small model of nano's widths that was really trained, through the real loop: what generation and exports are tested on.
+"""A small trained model of nano's widths, made by the real loop, for tests of generation and exports.
 
-Random weights would do for most of it, but give nearly uniform probabilities, in which quantisation hides and greedy choices are ties.
+Random weights would do for most of these tests, but their probabilities are nearly uniform:
+quantisation errors hide in them, and greedy choices are ties.
 """
 
 import fcntl
@@ -36,7 +37,7 @@ def chat_tokenizer(trained) -> Tokenizer:
 
 
 def once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """A folder that `make` fills; with several test workers, the first one there makes it for all."""
+    """A folder that `make` fills once; with several test workers, the first fills it for all."""
     root = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent

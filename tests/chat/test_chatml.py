@@ -85,12 +85,12 @@ def wrapped(tools) -> list[dict] | None:
     return [{"type": "function", "function": tool} for tool in tools] or None
 
 
-def conversations(shared_data) -> list:
-    urls = [f"file://{shared_data}/sft/{name}.jsonl" for name in ("chat_oasst", "math_cot_gsm8k")]
+def conversations(real_data) -> list:
+    urls = [f"file://{real_data}/sft/{name}.jsonl" for name in ("chat_oasst", "math_cot_gsm8k")]
     return [row for url in urls for row in read_rows(url, parse_conversation, on_bad=None)]
 
 
-def test_transformers_renders_our_ids(tokenizer, theirs, shared_data):
+def test_transformers_renders_our_ids(tokenizer, theirs, real_data):
     wide = (
         Message("user", "x"),
         Message("assistant", "\u3000a\x0b ", " \u2003b\u3000"),
@@ -100,7 +100,7 @@ def test_transformers_renders_our_ids(tokenizer, theirs, shared_data):
         (LONG[1:], TOOLS),
         (LONG, ()),
         (wide, ()),
-        *((row.messages, row.tools) for row in conversations(shared_data)[:300]),
+        *((row.messages, row.tools) for row in conversations(real_data)[:300]),
     ]
     for messages, tools in rows:
         for count in {
@@ -133,10 +133,10 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(tokenizer):
         assert reply.content == text.strip(chat.BLANK).replace("\u2581", " ").strip(chat.BLANK)
 
 
-def test_what_transformers_says_the_assistant_said(tokenizer, theirs, shared_data):
+def test_what_transformers_says_the_assistant_said(tokenizer, theirs, real_data):
     for messages, tools in [
         (LONG, TOOLS),
-        *((row.messages, row.tools) for row in conversations(shared_data)[:50]),
+        *((row.messages, row.tools) for row in conversations(real_data)[:50]),
     ]:
         found = theirs.apply_chat_template(
             as_openai(messages),

@@ -212,8 +212,8 @@ def test_metadata_of_wrong_types_is_damage_in_one_line(workdir, changes, reason)
 
 
 def test_a_checkpoint_is_opened_inside_a_mesh(pristine):
-    """As fine-tuning does."""
-    with sharding.use_mesh(sharding.make_mesh(1, 2)):
+    """As where fine-tuning starts from it."""
+    with sharding.use_mesh(sharding.make_mesh(1, 2, devices=jax.devices()[:2])):
         assert checkpoint.load(pristine).metadata.step == 0
 
 

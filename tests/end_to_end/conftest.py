@@ -1,4 +1,4 @@
-"""A tiny curriculum of four stages, run as a user runs it: `python main.py ...` in a process of its own."""
+"""A tiny curriculum of four stages, run as a user runs it: `python main.py ...` in a process."""
 
 import dataclasses
 import json
@@ -115,7 +115,16 @@ class Lab:
         return ["--config", f"configs/{recipe}.py:nano", "--workdir", str(workdir), *flags, *extra]
 
     def config(self, recipe: str, *extra: str) -> ConfigDict:
-        """The config of a tiny run, for `train` in this process."""
+        """The config of a tiny run, for `train` in this process, where there are four devices."""
+        fits = {"batch_size": 4, "tokens_per_step": 512}  # phase2_16k's batch of 2 cannot be split
+        at = {"curriculum": "stages.phase2_16k.", "phase2_16k": ""}.get(recipe)
+        given = {flag.split("=")[0] for flag in extra}
+        if at is not None:
+            extra += tuple(
+                f"--config.{at}{key}={value}"
+                for key, value in fits.items()
+                if f"--config.{at}{key}" not in given
+            )
         values = absl.flags.FlagValues()
         config = config_flags.DEFINE_config_file("config", None, flag_values=values)
         absl.flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -161,7 +170,7 @@ class Lab:
     def run(
         self, recipe: str, workdir: pathlib.Path, *extra: str, devices: int = 1, expect: int = 0
     ) -> str:
-        """What it printed. Checks the exit status; a failure must be one line on stderr, without a traceback."""
+        """What it printed. Checks the exit status; a failure must be one line on stderr."""
         process = self.start(recipe, workdir, *extra, devices=devices)
         out, err = process.communicate(timeout=300)
         assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"

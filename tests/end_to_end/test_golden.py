@@ -1,4 +1,6 @@
-"""The loss curve does not move unnoticed: 50 steps at nano's shape, SFT and DPO, against figures that are recorded in tests/golden.json."""
+"""The loss curve cannot move unnoticed: 50 steps at nano's shape, then SFT and DPO, are compared with
+the figures recorded in tests/golden.json.
+"""
 
 import json
 

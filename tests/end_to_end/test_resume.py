@@ -1,16 +1,15 @@
-"""A run that is resumed with another config, from a damaged checkpoint, or without one: what it says, keeps and refuses. In this process."""
+"""A run resumed with another config, from a damaged checkpoint, or without one: what it says, keeps
+and refuses. In this process.
+"""
 
 import itertools
 import json
 import pathlib
 import shutil
-import sys
 import zlib
-from unittest import mock
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from nanollama_jax import checkpoint, curriculum
 from nanollama_jax.checkpoint.origin import check_changes
@@ -25,22 +24,15 @@ from tests.end_to_end.test_tuning import THETA
 
 
 def config_of(lab, recipe: str, *settings: str) -> ConfigDict:
-    """What main.py makes of the lab's command line."""
-    parsed = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=parsed)
-    command = lab.flags(
-        recipe, pathlib.Path("unused"), *(f"--config.{setting}" for setting in settings)
-    )
-    argv = ["main.py", *command[:2], *command[4:]]
-    with mock.patch.object(sys, "argv", argv):  # where ml_collections looks for overrides
-        parsed(argv)
-    return config.value
+    return lab.config(recipe, *(f"--config.{setting}" for setting in settings))
 
 
 @pytest.fixture(scope="module")
 def finished(lab, tmp_path_factory) -> pathlib.Path:
     """The workdir of a phase that was to have 12 steps."""
-    workdir = tmp_path_factory.mktemp("finished") / "checkpoints"  # the plan's own place for runs
+    workdir = (
+        tmp_path_factory.mktemp("finished") / "checkpoints"
+    )  # a name that a run's own folder also has
     assert train(config_of(lab, "phase1", "end_step=12", "validation.every=6"), workdir).finished
     return workdir
 
@@ -92,7 +84,8 @@ def test_a_finished_phase_goes_on_in_the_same_order_and_says_what_changed(lab, w
     here = (
         "start_step=20",
         "end_step=22",
-        "batch_size=2",
+        "batch_size=4",
+        "seq_len=32",
         "tokens_per_step=128",
         f"init_from={workdir}",
         "schedule.total_steps=90",

@@ -1,5 +1,6 @@
-"""A run that diverges, or resumes from a damaged checkpoint, stops each time it is started, and its good checkpoints stay; what signals and kills
-leave on record. In this process, for speed: tests/end_to_end/test_training.py sends signals to others.
+"""A run that diverges, or resumes from a damaged checkpoint, stops each time it is started and keeps
+its good checkpoints. Also: what signals and kills leave on record. These tests run in one process,
+for speed; tests/end_to_end/test_training.py sends signals to real ones.
 """
 
 import math
@@ -46,7 +47,8 @@ def at_18(lab, tmp_path_factory):
 
 
 def signal_at(patch, at):
-    """SIGTERM as the metrics of step `at` are written, one step late; but before its validation and checkpoint, if they are due."""
+    """SIGTERM as the metrics of step `at` are written: one step late, but before its validation and
+    checkpoint if they are due."""
     write = metrics.Reporter.step
 
     def step(self, step, *arguments, **named):
@@ -157,7 +159,7 @@ def test_a_signal_during_validation_takes_effect_at_once(lab, tmp_path, monkeypa
 
 
 def test_fine_tuning_killed_before_its_first_checkpoint_starts_again(lab, at_18, tmp_path, capfd):
-    """Step 0's validation was twice on record, and the log called the base model's step 18 step 0."""
+    """Step 0's validation was once recorded twice, and the base model's step 18 logged as step 0."""
     theta = ("--config.rope.start_theta=10000.0", "--config.rope.end_theta=10000.0")
     config = lab.config(
         "sft",

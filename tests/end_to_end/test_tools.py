@@ -1,4 +1,4 @@
-"""The commands that use a checkpoint, run as a user runs them; what they compute is tested elsewhere."""
+"""The commands that use a checkpoint, run as a user runs them. Other tests cover their results."""
 
 import importlib
 import json

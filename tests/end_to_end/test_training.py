@@ -1,4 +1,4 @@
-"""A run is never lost: killed, stopped, moved to other devices, it goes on as if nothing had been."""
+"""A run is never lost: killed, stopped or moved to other devices, it resumes as if undisturbed."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def last_logged_step(curriculum):
 
 
 def test_killed_three_times_and_run_again_is_bit_identical(lab, undisturbed, tmp_path):
-    """One of the three kills falls near the boundary of phase 1 and phase 2, where a stage starts from another's checkpoint."""
+    """One kill falls near the end of phase 1, where a stage starts from another's checkpoint."""
     chance = random.Random()
     kills = sorted([chance.randrange(3, 35), chance.randrange(38, 44), chance.randrange(45, 76)])
     print("killed at steps", kills)  # shown if this fails
@@ -121,7 +121,8 @@ def test_curriculum_leaves_what_it_promises(lab, undisturbed):
     )
     assert about.config["seq_len"] == 64
     step, state = saved_state(undisturbed / "phase3")
-    # Each stage goes on in its sources where the last one with them stopped, and remembers those that it does not read.
+    # Each stage continues its sources where the last one that read them stopped, and remembers the
+    # positions of those it does not read.
     positions = {name: saved_positions(undisturbed / name) for name in STAGES}
     assert positions["phase1"].keys() == {"docs", "code", "reasoning"} and positions[
         "phase3"
@@ -170,7 +171,7 @@ def test_a_signal_saves_exits_0_and_the_same_command_goes_on(lab, undisturbed, t
 
 
 def assert_close(workdir, other, name):
-    """The same batches, and losses equal to 1e-5 over the first 40 steps; from there on rounding has grown tenfold."""
+    """The same batches, and losses equal to 1e-5 for 40 steps; rounding grows tenfold after that."""
     ours, theirs = rows(workdir / name), rows(other / name)
     assert ours.keys() == theirs.keys()
     for step in ours:

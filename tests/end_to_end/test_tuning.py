@@ -1,4 +1,6 @@
-"""SFT and DPO as a user runs them: killed, they go on bit for bit; what is wrong with their data or their start is one line."""
+"""SFT and DPO as a user runs them: a killed run resumes bit for bit, and bad data or a bad starting
+point is reported in one line.
+"""
 
 import json
 import re

@@ -49,12 +49,12 @@ def standard(schema):
     return mapped
 
 
-def test_tool_calls_of_an_untrained_model(untrained, shared_data):
+def test_tool_calls_of_an_untrained_model(untrained, real_data):
     """500 generations over real tools: all parse, name a tool of their set, fit its parameters."""
     lines = [
         json.loads(line)
         for name in ("simple_python", "multiple")
-        for line in (shared_data / f"eval/bfcl/{name}.jsonl").read_text().splitlines()
+        for line in (real_data / f"eval/bfcl/{name}.jsonl").read_text().splitlines()
     ]
     sets = [line["function"] for line in lines][:125]
     assert len({function["name"] for tools in sets for function in tools}) >= 50

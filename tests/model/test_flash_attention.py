@@ -191,7 +191,7 @@ def test_too_many_documents_are_counted_and_merged_where_there_are_most():
 
 @pytest.mark.usefixtures("kernels")
 def test_the_check_at_start_passes_what_is_right_and_refuses_what_is_not(monkeypatch):
-    with sharding.use_mesh(sharding.make_mesh(1, 2)):
+    with sharding.use_mesh(sharding.make_mesh(1, 2, devices=jax.devices()[:2])):
         check_attention(MODEL, rows=2)
 
         def wrong_offsets(q, k, v, packing):  # as jax before 0.11.2 had them for grouped heads

@@ -77,7 +77,7 @@ def test_arithmetic_is_within_a_tenth_of_the_compiler(
 @pytest.mark.parametrize("scale", ["nano", "1b"])
 def test_state_and_checkpoint_are_what_the_real_state_takes(scale):
     config = phase1.get_config(scale)
-    with sharding.use_mesh(mesh := sharding.make_mesh(1, 2)):
+    with sharding.use_mesh(mesh := sharding.make_mesh(1, 2, devices=jax.devices()[:2])):
         shapes = step.program(config, model_of(scale, attention="xla"), mesh).state_shapes
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     assert plan.checkpoint_bytes(model_of(scale)) == pytest.approx(

@@ -54,7 +54,7 @@ def test_rope_theta_ramps_over_phase_2_8k_and_jumps_if_asked():
 
 def test_weight_decay_is_on_matrices_only():
     model = ModelConfig(**MODELS["nano"])
-    mesh = sharding.make_mesh(1, 2)
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
     _, shapes, _ = step.init_state(
         model, optimizer.make_optimizer(0.9, 0.95, 1e-8, 0.1, 1.0), mesh, 0
     )

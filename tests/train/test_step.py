@@ -88,7 +88,7 @@ def test_devices_and_microbatches_change_nothing(alone, data, fsdp, accumulation
 
 def test_1b_has_1100048384_parameters_and_shards_them_in_half():
     model = ModelConfig(**MODELS["1b"], remat="full")
-    mesh = sharding.make_mesh(1, 2)
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
     with sharding.use_mesh(mesh):
         _, shapes, shardings = step.init_state(model, ADAMW, mesh, seed=0)
     assert sum(x.size for x in jax.tree.leaves(shapes.params)) == model.num_params == 1_100_048_384
@@ -110,7 +110,7 @@ def test_1b_has_1100048384_parameters_and_shards_them_in_half():
 
 
 def test_real_state_is_where_its_shardings_say():
-    mesh = sharding.make_mesh(1, 2)
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
     with sharding.use_mesh(mesh):
         state, run, _, shardings = compile_step(mesh)
         for _ in range(2):
@@ -123,7 +123,7 @@ def test_real_state_is_where_its_shardings_say():
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_non_finite_gradient_or_moment_skips_the_update_and_is_counted(accumulation):
-    mesh = sharding.make_mesh(1, 2)
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
     with sharding.use_mesh(mesh):
         state, run, *_ = compile_step(mesh, accumulation)
         state, _ = run(state, sharding.put_batch(random_batch(0), mesh))

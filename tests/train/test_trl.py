@@ -150,13 +150,13 @@ def check_gradients(model, models: Models, grads, rtol: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def conversations(shared_data, models, tmp_path_factory) -> tuple[pipeline.Source, list]:
+def conversations(real_data, models, tmp_path_factory) -> tuple[pipeline.Source, list]:
     """20 chats, and some with tools, several calls, and thoughts: prepared, and as TRL is given them."""
     folder, tokenizer = tmp_path_factory.mktemp("conversations"), models.tokenizer
     chats = [
         record
         for record, _ in records_of(
-            f"file://{shared_data}/sft/chat_oasst.jsonl", "conversations", tokenizer
+            f"file://{real_data}/sft/chat_oasst.jsonl", "conversations", tokenizer
         )
     ]
     tools, thoughts = (
@@ -262,10 +262,10 @@ class Pairs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pairs(shared_data, models, tmp_path_factory) -> Pairs:
+def pairs(real_data, models, tmp_path_factory) -> Pairs:
     folder = tmp_path_factory.mktemp("pairs")
     oasst, ultrafeedback = (
-        records_of(f"file://{shared_data}/preference/{name}.jsonl", "preferences", models.tokenizer)
+        records_of(f"file://{real_data}/preference/{name}.jsonl", "preferences", models.tokenizer)
         for name in ("oasst", "ultrafeedback_train")
     )
     dialogues = [record for record, row in oasst if len(row.prompt) > 1][:1]
