@@ -3,11 +3,9 @@
 import bisect
 import dataclasses
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from nanollama_jax.config import check
-from nanollama_jax.data.shards import dtype_for
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.planning.memory import step_memory
 from nanollama_jax.settings import MEMORY_FRACTION
@@ -19,6 +17,7 @@ from nanollama_jax.train.settle import (
     fastest_attention,
     step_shape,
 )
+from nanollama_jax.train.tasks import task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +80,8 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 
 
 def bytes_per_token(config: ConfigDict) -> int:
-    """Of prepared data, before compression. Conversations and pairs take 4: one bit says who speaks."""
-    if config.task != "pretrain":
-        return 4
-    return np.dtype(dtype_for(config.model.vocab_size)).itemsize
+    """Size of a token in prepared data, before compression."""
+    return task_of(config).bytes_per_token(config.model.vocab_size)
 
 
 def checkpoints_kept(config: ConfigDict) -> int:
