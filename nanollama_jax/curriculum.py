@@ -1,5 +1,5 @@
-"""Runs the stages of a curriculum in order, each in its own folder of the workdir, from the end of the
-one before; finished stages are skipped.
+"""Runs the stages of a curriculum in order, each in its own folder of the workdir, from the end of
+the one before; finished stages are skipped.
 
 The tokenizer and the corpora are made first, so that one command leads from raw text to the last
 checkpoint. A gate that stops a stage ends the run.
@@ -160,8 +160,8 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> bool:
 
 
 def prepare(config: ConfigDict, stages: dict[str, ConfigDict]) -> None:
-    """Makes the tokenizer and the data of all stages, and warns of sources that are read often. With
-    several processes all must exist already: raises BadInput for what is missing."""
+    """Makes the tokenizer and the data of all stages, and warns of sources that are read often.
+    With several processes all must exist already: raises BadInput for what is missing."""
     if jax.process_count() == 1:
         prepare_all(config)
         for stage in stages.values():

@@ -109,8 +109,8 @@ def run_steps(
     called: list[Hook],
     log_every: int,
 ) -> None:
-    """Runs steps until the last one, or until the run is asked to stop. Metrics are fetched one step
-    late, so that the device never waits for the host."""
+    """Runs steps up to the last one, or until the run is asked to stop. Metrics are fetched one
+    step late, so that the device never waits for the host."""
     meter = Meter(run.reporter, run.watch)
     for hook in called:
         hook.start(run)

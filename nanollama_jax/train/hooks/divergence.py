@@ -1,6 +1,6 @@
-"""Watches the loss. A state that is not finite, or a model that has lost most of what it had learned,
-never replaces a good checkpoint and never finishes a stage. A run that does not recover stops, and
-names the checkpoint to resume from.
+"""Watches the loss. A state that is not finite, or a model that has lost most of what it had
+learned, never replaces a good checkpoint and never finishes a stage. A run that does not recover
+stops, and names the checkpoint to resume from.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """Go/no-go gates: at given global steps the validation perplexity decides whether a run continues,
 continues with a warning, or stops.
 
-Verdicts are kept in `WORKDIR/gates.json`. A stopped run stops again when it is restarted, unless its
-gates are no longer enforced.
+Verdicts are kept in `WORKDIR/gates.json`. A stopped run stops again when it is restarted, unless
+its gates are no longer enforced.
 """
 
 import json

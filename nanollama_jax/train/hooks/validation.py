@@ -15,7 +15,7 @@ from nanollama_jax.train.objectives import means
 
 
 class Validation(Hook):
-    """Validates the first step of all, a last one that is not on record, and every `every` steps."""
+    """Validates before the first step, every `every` steps, and after the last one."""
 
     def __init__(
         self, every: int, measure: Any, batches: dict[str, list[Batch]], shares: dict[str, float]
@@ -40,8 +40,8 @@ class Validation(Hook):
             run.stop = True
 
     def measure_all(self, run: Run) -> None:
-        """Sets `run.validation_loss`, unless a signal cuts it short. The stage's own figures, "all",
-        are means over its sources, weighted by their shares of the rows."""
+        """Sets `run.validation_loss`, unless a signal cuts it short. The figures of "all" are means
+        over the stage's training sources, weighted by their shares of the rows."""
         found = {}
         for name, batches in self._batches.items():
             found[name] = self._of_source(run, batches)

@@ -1,4 +1,4 @@
-"""What a task defines. The defaults are those of next-token prediction; a task overrides the rest."""
+"""What a task defines. The defaults are those of next-token prediction."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ class Task:
     def initial_params(
         self, config: ConfigDict, origin: pathlib.Path, step: int, model: ModelConfig
     ) -> Any:
-        """The parameters of the checkpoint of `step` in the workdir `origin`, for a new optimizer."""
+        """The parameters of a checkpoint, by workdir and step, to start a new optimizer from."""
         return weights_to_start_from(config, origin, step, model)
 
     def prepare(
