@@ -35,7 +35,8 @@ from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
 from nanollama_jax.model.config import ATTENTION_BACKENDS, REMAT_POLICIES
 from nanollama_jax.planning import plan
-from nanollama_jax.train import gates, optimizer, settle
+from nanollama_jax.train import optimizer, settle
+from nanollama_jax.train.hooks import gates
 
 RECIPES = ("phase1", "phase2_8k", "phase2_16k", "phase3", "sft", "dpo", "curriculum")
 SCALES = ("nano", "60m", "300m", "1b")

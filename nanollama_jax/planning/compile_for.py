@@ -1,4 +1,6 @@
-"""Compiles the real training step for GPUs that are not there: what it will take of their memory, what it gathers, what it computes twice."""
+"""Compiles the training step for GPUs that this machine does not have, to see how much memory it
+needs, what it gathers, and what it computes twice.
+"""
 
 import dataclasses
 import os
@@ -24,8 +26,11 @@ class Compiled:
 def compile_for(
     config: ConfigDict, model: ModelConfig, devices: int, target_config: str | os.PathLike
 ) -> Compiled:
-    """The stage's step for `devices` GPUs of the kind that `target_config` describes (XLA's GpuTargetConfigProto as text). Needs jax's CUDA plugin,
-    0.11 or later, but neither a GPU nor its driver. Matrix products are not tuned in it. Raises BadInput if the plugin or the file is missing."""
+    """Compiles a stage's step for `devices` GPUs of the kind described by the file `target_config`
+    (XLA's GpuTargetConfigProto as text). Needs jax's CUDA plugin, 0.11 or later, but neither a GPU
+    nor its driver. Matrix products are not autotuned. Raises BadInput if the plugin or the file is
+    missing.
+    """
     try:
         description = pathlib.Path(target_config).read_text()
         topology = topologies.get_topology_desc(
@@ -36,12 +41,14 @@ def compile_for(
         )
     except OSError as error:
         raise BadInput(
-            f"{target_config}: {error.strerror}: give XLA's description of the GPU (tools/plan.py --help says where to get one)"
+            f"{target_config}: {error.strerror}: give XLA's description of the GPU (see "
+            "tools/plan.py --help for where to get one)"
         ) from error
     except (NotImplementedError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"compiling for GPUs needs jax 0.11 or later with its CUDA plugin (pip install 'jax[cuda13]'), on Python 3.12: {why}"
+            "compiling for GPUs needs jax 0.11 or later with its CUDA plugin (pip install "
+            f"'jax[cuda13]'), on Python 3.12: {why}"
         ) from error
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology.devices)
     with sharding.use_mesh(mesh):

@@ -1,5 +1,6 @@
-"""What a training step takes of a GPU's memory, by arithmetic from the shape alone, and the remat policy that fits. How it compares with the
-compiler's own figures: tests/planning/test_memory.py; beside them on request: tools/plan.py --compile.
+"""How much GPU memory a training step needs, computed from its shape alone, and the remat policy
+that fits. tests/planning/test_memory.py compares it with the compiler's figures; `tools/plan.py
+--compile` prints both.
 """
 
 import dataclasses
@@ -14,12 +15,10 @@ class Memory:
 
     state: int  # parameters and both moments of Adam, float32
     copy: int  # the layers' matrices in the compute dtype
-    gradients: (
-        int  # of one micro-batch, and the float32 sums over micro-batches where there are several
-    )
-    kept: int  # by the layers for their backward pass: what remat governs
-    working: int  # of one layer's backward pass or of the loss, whichever is more
-    workspace: int  # of cuDNN's backward pass, which a compiler without the GPU does not see
+    gradients: int  # of one micro-batch, and with several the float32 sums over them
+    kept: int  # by the layers for their backward pass; depends on remat
+    working: int  # in one layer's backward pass or in the loss, whichever is more
+    workspace: int  # of cuDNN's backward pass, unknown to a compiler without the GPU
 
     @property
     def compiled(self) -> int:
@@ -32,7 +31,8 @@ class Memory:
 
 
 def kept_bytes(model: ModelConfig) -> int:
-    """Bytes a token and layer that the backward pass finds kept. All but the softmax statistics are in the compute dtype."""
+    """Bytes per token and layer that are kept for the backward pass. All but the softmax statistics
+    are in the compute dtype."""
     D, F, N, K, H = (
         model.d_model,
         model.ffn_dim,
@@ -41,9 +41,8 @@ def kept_bytes(model: ModelConfig) -> int:
         model.head_dim,
     )
     size = 2 if model.dtype == "bfloat16" else 4
-    if (
-        model.remat == "none"
-    ):  # six of F, five of D, keys and values; and four of D in float32, in the norms
+    if model.remat == "none":
+        # Six of F, five of D, keys and values; in the norms four of D in float32
         return size * (6 * F + 3 * D + 2 * N * H + 2 * K * H) + 16 * D + 4 * N
     of = {
         "attention": size * N * H + 4 * N,
@@ -51,9 +50,8 @@ def kept_bytes(model: ModelConfig) -> int:
         "gate_up": size * 2 * F,
         "o": size * D,
     }
-    return size * D + sum(
-        of[name] for name in REMAT_POLICIES[model.remat]
-    )  # the layer's input, always
+    # The layer's input is always kept.
+    return size * D + sum(of[name] for name in REMAT_POLICIES[model.remat])
 
 
 def step_memory(
@@ -66,7 +64,8 @@ def step_memory(
     data: int,
     chunk_tokens: int,
 ) -> Memory:
-    """Of a step over `rows` in all, in `accumulation` micro-batches, on fsdp x data devices. Dense attention's scores are counted too."""
+    """The memory of a step over `rows` rows in total, in `accumulation` micro-batches, on fsdp x
+    data devices. Includes the scores of dense attention."""
     D, F, N, H, V, L = (
         model.d_model,
         model.ffn_dim,
@@ -85,19 +84,18 @@ def step_memory(
         + 4 * 2 * D * V / fsdp
         + (4 * model.num_params / fsdp if accumulation > 1 else 0)
     )
-    kept = tokens * L * kept_bytes(model) + (
-        size * in_layers if model.remat == "none" else 0
-    )  # gathered weights are kept then, too
-    # Backward through the FFN: gradient of gate and up, their product, gate and up themselves where not kept; six of the model's width
+    kept = tokens * L * kept_bytes(model)
+    if model.remat == "none":
+        kept += size * in_layers  # the gathered weights
+    # Backward through the FFN: gradients of gate and up, their product, gate and up themselves
+    # unless they are kept; six arrays of the model's width
     has_gate_up = model.remat in ("gate_up", "products", "none")
-    layer = (
-        tokens * size * (F * (3 if has_gate_up else 5) + 6 * D)
-        + 2 * size * in_layers / L
-        + 4 * D * V
-    )  # and the embedding's gradient, whole
+    layer = tokens * size * (F * (3 if has_gate_up else 5) + 6 * D) + 2 * size * in_layers / L
+    layer += 4 * D * V  # the embedding's gradient, unsharded
     chunk = min(chunk_tokens, tokens)
     loss = chunk * V * (4 + size) + D * V * (4 + size) + 2 * size * tokens * D
-    # Dense attention goes by blocks of queries, each against the keys up to its end; weights in float32 and in the compute dtype
+    # Dense attention takes blocks of queries, each with the keys up to its end. Weights exist in
+    # float32 and in the compute dtype.
     block = min(max(64, seq_len // 8), 512)
     scores = (
         own_rows * N * seq_len * (seq_len + block) / 2 * (4 + size)
@@ -109,12 +107,11 @@ def step_memory(
     room = {"cudnn": own_rows, "cudnn_packed": own_rows * max(2, model.packed_documents)}.get(
         model.attention, 0
     )
-    workspace = (
-        room * seq_len * N * 4 * (H + 1)
-    )  # query gradients and sums, float32, for each slot of a document
-    statistics = (
-        2 * (room - own_rows) * seq_len * N * 4 if model.attention == "cudnn_packed" else 0
-    )  # spread out over the slots
+    # Query gradients and sums, float32, for each slot of a document
+    workspace = room * seq_len * N * 4 * (H + 1)
+    statistics = 0
+    if model.attention == "cudnn_packed":  # spread over the slots
+        statistics = 2 * (room - own_rows) * seq_len * N * 4
     figures = dict(state=12 * model.num_params / fsdp, copy=copy, gradients=gradients, kept=kept)
     figures |= dict(
         working=max(layer + scores, layer - tokens * size * 2 * F + statistics, loss),
@@ -124,7 +121,8 @@ def step_memory(
 
 
 def fastest_remat(model: ModelConfig, limit: float, **step) -> str:
-    """The last of REMAT_POLICIES, which go from the slowest to the fastest, whose step fits into `limit` bytes a device."""
+    """The fastest of REMAT_POLICIES (ordered from slowest to fastest) whose step fits into `limit`
+    bytes per device. Raises BadInput if none does."""
     fitting = [
         remat
         for remat in REMAT_POLICIES
@@ -133,7 +131,8 @@ def fastest_remat(model: ModelConfig, limit: float, **step) -> str:
     if not fitting:
         needed = step_memory(dataclasses.replace(model, remat="full"), **step).total
         raise BadInput(
-            f"a step needs {needed / 1e9:.1f} GB a device even with model.remat=full, and {limit / 1e9:.1f} are there: raise accumulation "
-            f"(now {step['accumulation']}), or use more devices"
+            f"a step needs {needed / 1e9:.1f} GB per device even with model.remat=full, and "
+            f"{limit / 1e9:.1f} are available: raise accumulation (now {step['accumulation']}), or "
+            "use more devices"
         )
     return fitting[-1]

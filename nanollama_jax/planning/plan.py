@@ -1,13 +1,11 @@
-"""What a stage takes on GPUs other than those here: their figures, and arithmetic on them. `tools/plan.py` prints it."""
+"""What a stage needs on GPUs that this machine does not have. `tools/plan.py` prints it."""
 
 import bisect
 import dataclasses
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from nanollama_jax.config import check
-from nanollama_jax.data.shards import dtype_for
 from nanollama_jax.model import ModelConfig
 from nanollama_jax.planning.memory import step_memory
 from nanollama_jax.settings import MEMORY_FRACTION
@@ -20,6 +18,7 @@ from nanollama_jax.train.settle import (
     fastest_attention,
     step_shape,
 )
+from nanollama_jax.train.tasks import task_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +36,13 @@ GPUS = {
 
 
 def usable_bytes(gpu: Gpu) -> float:
-    """What `remat=auto` would fill, as train/settle.py reckons on the GPU itself."""
+    """The memory that `remat=auto` plans for, as train/settle.py does on the GPU itself."""
     return gpu.memory * MEMORY_FRACTION * MARGIN
 
 
 def settle_for(config: ConfigDict, gpu: Gpu, devices: int) -> tuple[ModelConfig, dict[str, int]]:
-    """The stage's model with `auto` settled for these GPUs (remat aside), and its step. Raises BadInput."""
+    """The stage's model with `auto` resolved for these GPUs (except remat), and the shape of its
+    step. Raises BadInput."""
     check(config)
     config = derive(config)
     _, fsdp = check_stage(config, devices)
@@ -70,7 +70,8 @@ def tokens_per_second(
 
 
 def nominal_flops(model: ModelConfig, seq_len: int) -> float:
-    """PaLM's count (arXiv:2204.02311, appendix B), with which most published MFUs are reckoned: see `ModelConfig.flops_per_token`."""
+    """FLOPs per token as PaLM counts them (arXiv:2204.02311, appendix B), the basis of most
+    published MFUs. Compare `ModelConfig.flops_per_token`."""
     return (
         6.0 * model.num_params
         + 12.0 * model.num_layers * seq_len * model.num_heads * model.head_dim
@@ -83,14 +84,13 @@ def checkpoint_bytes(model: ModelConfig) -> int:
 
 
 def bytes_per_token(config: ConfigDict) -> int:
-    """Of prepared data, before compression. Conversations and pairs take 4: one bit says who speaks."""
-    if config.task != "pretrain":
-        return 4
-    return np.dtype(dtype_for(config.model.vocab_size)).itemsize
+    """Size of a token in prepared data, before compression."""
+    return task_of(config).bytes_per_token(config.model.vocab_size)
 
 
 def checkpoints_kept(config: ConfigDict) -> int:
-    """At most, when the stage is done: the last few, those kept for good, and the one validated best."""
+    """The largest number of checkpoints at the end of a stage: the last few, those that are kept
+    permanently, and the one with the best validation."""
     every, for_good = config.checkpoint.every, config.checkpoint.keep_every
     first, last = config.start_step, config.end_step
     recent = [

@@ -1,4 +1,4 @@
-"""What a stage reads: its sources, found whole, the iterator of its training batches, and its validation batches."""
+"""What a stage reads: its sources, checked, and its batches."""
 
 import dataclasses
 from typing import Any
@@ -11,100 +11,73 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.tokenizer import Tokenizer
 from nanollama_jax.train.metrics import log
 
-HOLDS = {
-    "pretrain": "documents",
-    "sft": "conversations",
-    "dpo": "preferences",
-}  # task -> what its sources hold
-
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
+    """A stage's data. Pairs of DPO are numbered across all `rows`."""
+
     sources: dict[str, Source]  # of training and validation
     batches: Any  # a Grain iterator
-    validation: dict[str, list[Batch]]
-    rows: list[
-        rows.Rows
-    ]  # sft, dpo: of every split that is read; DPO's pairs are numbered across all
-    shuffle_windows: dict[str, int] | None = (
-        None  # pretrain: source -> rows that are shuffled among each other
-    )
+    validation: dict[str, list[Batch]]  # by source
+    rows: list[rows.Rows]  # fine-tuning: every split that is read
+    shuffle_windows: dict[str, int] | None = None  # pre-training: source -> rows
 
 
-def open_feed(
-    config: ConfigDict, tokenizer: Tokenizer, windows: dict[str, int] | None = None
-) -> Feed:
-    """`windows`: the shuffle windows of the run that is resumed. Raises BadInput for what is missing, damaged, or not for this stage."""
-    shares, validated = (
-        dict(config.data.sources),
-        config.data.validation or tuple(config.data.sources),
-    )
+def open_sources(
+    data: ConfigDict, tokenizer: Tokenizer, holds: str
+) -> tuple[dict[str, float], dict[str, Source], list[str]]:
+    """`(shares, sources, validated)`: each training source's share, all sources by name, and the
+    names of those to validate on. Raises BadInput unless all are prepared and hold what they must.
+    """
+    shares = dict(data.sources)
+    validated = list(data.validation or shares)
     names = dict.fromkeys((*shares, *validated))
-    sources = {
-        name: pipeline.open_source(config.data.dir, name, tokenizer, HOLDS[config.task])
-        for name in names
-    }
+    sources = {name: pipeline.open_source(data.dir, name, tokenizer, holds) for name in names}
     pipeline.check_weights(sources, shares)
     if not set(validated) & set(shares):
         raise BadInput(
-            f"data.validation={validated} names none of data.sources: name one of {', '.join(shares)} too"
+            f"data.validation={tuple(validated)} names none of data.sources: add one of "
+            f"{', '.join(shares)}"
         )
-    packing = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
-    steps = config.end_step - config.start_step
-    of_step = dict(batch_size=config.batch_size, seed=config.seed)
-    of_validation = dict(
-        batch_size=config.batch_size // config.accumulation,
-        max_rows=max(1, config.validation.tokens // config.seq_len),
-    )
-    if config.task == "pretrain":
-        warn_of_repetition(mix.epochs(sources, shares, steps * config.tokens_per_step), config.name)
-        if windows is None or windows.keys() != shares.keys():
-            windows = pipeline.shuffle_windows(shares, config.seq_len, steps * config.batch_size)
-        batches = pipeline.train_batches(
-            sources, shares, tokenizer, windows=windows, **of_step, **packing
-        )
-        validation = {
-            name: pipeline.validation_batches(sources[name], tokenizer, **of_validation, **packing)
-            for name in validated
-        }
-        return Feed(sources, iter(batches), validation, [], windows)
-    opened, pairs = {}, 0
-    for name, split in sorted(
-        {(name, "train") for name in shares} | {(name, "validation") for name in validated}
-    ):
-        opened[name, split] = rows.Rows.of(sources[name], split, first_pair=pairs, **packing)
-        pairs += len(opened[name, split].units)
-    read = {
-        name: steps * config.batch_size * share / sum(shares.values())
-        for name, share in shares.items()
-    }  # rows
-    warn_of_repetition(
-        {name: count / len(opened[name, "train"]) for name, count in read.items()}, config.name
-    )
-    for name in shares:
-        found = opened[name, "train"]
-        log.info(
-            "%s: %s: %d %s in %d rows, %.0f %% full",
-            config.name,
-            name,
-            len(found.units),
-            HOLDS[config.task],
-            len(found),
-            100 * found.fill,
-        )
-    batches = rows.train_batches(
-        {name: opened[name, "train"] for name in shares}, shares, **of_step
-    )
-    if empty := [name for name in validated if not len(opened[name, "validation"])]:
+    return shares, sources, validated
+
+
+def open_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model. Raises BadInput if it has another vocabulary."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
         raise BadInput(
-            f"source {empty[0]!r} has no validation rows: raise data.tuning_validation_fraction and prepare it again"
+            f"{path} has {tokenizer.vocab_size} pieces and model.vocab_size={vocab_size}: make "
+            "them agree"
         )
-    validation = {
-        name: list(opened[name, "validation"].batches(**of_validation)) for name in validated
-    }
-    return Feed(sources, iter(batches), validation, list(opened.values()))
+    return tokenizer
+
+
+def packing(config: ConfigDict) -> tuple[dict[str, int], dict[str, int]]:
+    """Keyword arguments of training batches and of validation batches."""
+    shape = dict(seq_len=config.seq_len, max_segments=config.data.max_segments)
+    return (
+        dict(batch_size=config.batch_size, seed=config.seed, **shape),
+        dict(
+            batch_size=config.batch_size // config.accumulation,
+            max_rows=max(1, config.validation.tokens // config.seq_len),
+            **shape,
+        ),
+    )
 
 
 def warn_of_repetition(epochs: dict[str, float], stage: str) -> None:
+    """Logs a warning for each source that is read too often."""
     for line in mix.repetition_warnings(epochs, stage):
         log.warning("%s", line)
+
+
+def show_row(batch: Batch, tokenizer: Tokenizer, documents: int = 3, characters: int = 120) -> str:
+    """A batch's first row, for the log: its learned tokens, and the beginnings of its first
+    documents, with special tokens by name and control characters escaped."""
+    tokens, segments = batch["tokens"][0], batch["segment_ids"][0]
+    found = [tokens[segments == i].tolist() for i in range(1, segments.max() + 1)]
+    found = [ids for ids in found if any(ids)]  # the rest of a row of conversations is padding
+    learned = int(batch["loss_weights"][0].sum())
+    texts = [repr(tokenizer.show(ids)[:characters]) for ids in found[:documents]]
+    return f"{len(found)} segment(s), {learned:,} tokens learned: {' | '.join(texts)}"

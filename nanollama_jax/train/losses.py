@@ -1,7 +1,9 @@
-"""Cross-entropy with z-loss over a large vocabulary, in chunks of tokens, so that the full (tokens, vocabulary) logits never exist.
+"""Cross-entropy with z-loss over a large vocabulary, in chunks of tokens, so that the full
+(tokens, vocabulary) logits never exist.
 
-The gradients of the loss with respect to hidden states and head are formed during the forward pass, while a chunk's logits are at hand, and
-only scaled in the backward pass: three matrix products per chunk, none of them twice.
+The gradients with respect to hidden states and head are computed in the forward pass, while a
+chunk's logits are available; the backward pass only scales them. That takes three matrix products
+per chunk, and none is computed twice.
 """
 
 import functools
@@ -17,12 +19,15 @@ from nanollama_jax.sharding import differs_by_shard, on_each_batch_shard
 def cross_entropy(
     hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss: float, chunk_tokens: int
 ):
-    """Sums over all tokens of all devices, not means: `(total, ce, z, weight)`, float32 scalars, of which only `total` has a gradient.
+    """Returns `(total, ce, z, weight)`, float32 scalars: sums over all tokens of all devices, not
+    means. Only `total` has a gradient.
 
-    total = sum_i w_i * (ce_i + z_loss * z_i), with ce_i = logsumexp(logits_i) - logits_i[target_i] and z_i = logsumexp(logits_i)^2 (the
-    z-loss of PaLM, arXiv:2204.02311, section 5); ce, z and weight are the sums of w_i * ce_i, w_i * z_i and w_i. A target whose weight is 0
-    is ignored, whatever it is. The head (D, V), float32, is cast to the dtype of `hidden_BTD`; products accumulate in float32, and so does
-    the head's gradient over chunks. `chunk_tokens` is per device. Must be traced inside `sharding.use_mesh`.
+    total = sum_i w_i * (ce_i + z_loss * z_i), with ce_i = logsumexp(logits_i) - logits_i[target_i]
+    and z_i = logsumexp(logits_i)^2 (the z-loss of PaLM, arXiv:2204.02311, section 5). ce, z and
+    weight are the sums of w_i * ce_i, w_i * z_i and w_i. A target of weight 0 is ignored, whatever
+    its value. The head (D, V), float32, is cast to the dtype of `hidden_BTD`; products accumulate
+    in float32, as does the head's gradient over chunks. `chunk_tokens` is per device. Trace it
+    inside `sharding.use_mesh`.
     """
     sums, _ = _over_chunks(
         hidden_BTD, head_DV, targets_BT, loss_weights_BT, z_loss, chunk_tokens, with_gradients=False
@@ -31,7 +36,8 @@ def cross_entropy(
 
 
 def token_logprobs(hidden_BTD, head_DV, targets_BT, chunk_tokens: int):
-    """(B, T) float32 natural-log probabilities of the targets, without a gradient, by the same products as `cross_entropy`'s."""
+    """(B, T) float32 natural-log probabilities of the targets, without a gradient, from the same
+    matrix products as in `cross_entropy`."""
 
     def local(hidden_BTD, head_DV, targets_BT):
         B, T = targets_BT.shape
@@ -42,15 +48,11 @@ def token_logprobs(hidden_BTD, head_DV, targets_BT, chunk_tokens: int):
             logits_CV = jnp.einsum(
                 "CD,DV->CV", hidden_CD, head_DV, preferred_element_type=jnp.float32
             )
-            return jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[
-                :, 0
-            ] - jax.nn.logsumexp(logits_CV, axis=-1)
+            found_C1 = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+            return found_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1)
 
-        return (
-            jax.lax.map(one_chunk, (_chunked(hidden_BTD, size), _chunked(targets_BT, size)))
-            .reshape(-1)[: B * T]
-            .reshape(B, T),
-        )
+        chunks = (_chunked(hidden_BTD, size), _chunked(targets_BT, size))
+        return (jax.lax.map(one_chunk, chunks).reshape(-1)[: B * T].reshape(B, T),)
 
     hidden_BTD, head_DV = jax.lax.stop_gradient((hidden_BTD, head_DV))
     head_DV = nn.with_logical_constraint(head_DV.astype(hidden_BTD.dtype), ("embed", "vocab"))
@@ -67,12 +69,13 @@ def preference_loss(
     label_smoothing: float,
     length_normalised: bool,
 ):
-    """DPO (Rafailov et al. 2023, arXiv:2305.18290, equation 7; label smoothing as in Mitchell's note on cDPO) of pairs in neighbouring columns,
-    chosen then rejected: `(loss, d_logprobs_BM, sums)`, the sum over pairs, its derivative, and what is logged.
+    """The DPO loss (Rafailov et al. 2023, arXiv:2305.18290, equation 7; label smoothing as in
+    Mitchell's note on cDPO) of pairs in adjacent columns, chosen then rejected. Returns
+    `(loss, d_logprobs_BM, sums)`: the sum over pairs, its derivative, and sums to log.
 
-    `logprobs_BM` and `reference_BM` are summed log-probabilities of the answers' tokens, of which there are `counts_BM` (0: no such answer);
-    `length_normalised` divides both by it. Rewards are beta times what the policy gained on the reference, as in TRL,
-    and a token's share of that when normalised.
+    `logprobs_BM` and `reference_BM` are the summed log-probabilities of each answer's tokens, and
+    `counts_BM` their number (0: no such answer); `length_normalised` divides both by it. A reward
+    is beta times the policy's gain over the reference, as in TRL.
     """
     exists_BP = (counts_BM[:, ::2] > 0).astype(jnp.float32)
     per_token = 1.0 / jnp.maximum(counts_BM, 1.0) if length_normalised else jnp.ones_like(counts_BM)
@@ -117,11 +120,10 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunked(array: jax.Array, size: int) -> jax.Array:
-    """(B, T, ...) -> (chunks, size, ...), zeros at the end."""
+    """(B, T, ...) -> (chunks, size, ...), padded with zeros."""
     flat = array.reshape(-1, *array.shape[2:])
-    return jnp.pad(flat, [(0, -len(flat) % size)] + [(0, 0)] * (flat.ndim - 1)).reshape(
-        -1, size, *flat.shape[1:]
-    )
+    padded = jnp.pad(flat, [(0, -len(flat) % size)] + [(0, 0)] * (flat.ndim - 1))
+    return padded.reshape(-1, size, *flat.shape[1:])
 
 
 def _over_chunks(
@@ -165,11 +167,8 @@ def _over_chunks(
             )
             return (sums, d_head_DV), d_hidden_CD
 
-        chunks = (
-            _chunked(hidden_BTD, size),
-            _chunked(targets_BT, size),
-            _chunked(loss_weights_BT, size),
-        )  # what fills the last weighs 0
+        # The padding of the last chunk has weight 0.
+        chunks = tuple(_chunked(x, size) for x in (hidden_BTD, targets_BT, loss_weights_BT))
         zero_sums = (jnp.float32(0),) * 4
         d_head_DV = jnp.zeros(head_DV.shape if with_gradients else (), jnp.float32)
         (sums, d_head_DV), d_hidden = jax.lax.scan(
@@ -181,8 +180,7 @@ def _over_chunks(
 
     outputs = ("sum",) * 4 + (("rows", "sum_embed") if with_gradients else ())
     run = on_each_batch_shard(local, split_args=(True, False, True, True), outputs=outputs)
-    head_DV = nn.with_logical_constraint(
-        head_DV.astype(hidden_BTD.dtype), ("embed", "vocab")
-    )  # cast first, then gathered: half the bytes
+    # Cast before it is gathered: half the bytes
+    head_DV = nn.with_logical_constraint(head_DV.astype(hidden_BTD.dtype), ("embed", "vocab"))
     results = run(hidden_BTD, head_DV, targets_BT, loss_weights_BT)
     return results[:4], (results[4:] if with_gradients else None)

@@ -1,21 +1,23 @@
-"""What a run tells: `metrics.jsonl` (every step, always), a line every few steps, a live line on a terminal, W&B when asked, and `curves.png`."""
+"""What a run reports: `metrics.jsonl` with every step, a log line every few steps, a live line on a
+terminal, optionally W&B, and `curves.png`.
+"""
 
 import json
 import logging
-import math
 import operator
 import pathlib
 import secrets
 import time
-from collections.abc import Iterable
 from typing import Any
 
+import jax
 import rich.progress
 from ml_collections import ConfigDict
 
 from nanollama_jax.console import console
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import whole_file
+from nanollama_jax.train import curves
 
 log = logging.getLogger("nanollama")
 
@@ -24,7 +26,7 @@ PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12}
 
 
 def set_up_logging(workdir: pathlib.Path, is_main_process: bool) -> None:
-    """Log lines go to the terminal and, appended, to `WORKDIR/log.txt`; both from the main process only."""
+    """Sends the main process's log lines to the terminal and appends them to `WORKDIR/log.txt`."""
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
@@ -40,35 +42,40 @@ def set_up_logging(workdir: pathlib.Path, is_main_process: bool) -> None:
 
 
 class _Terminal(logging.Handler):
-    """Through rich's console, so that lines go above the live line; text is never read as markup."""
+    """Prints through rich's console, above the live line, without reading markup."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = (
-            "yellow"
-            if record.levelno == logging.WARNING
-            else "red"
-            if record.levelno > logging.WARNING
-            else None
-        )
+        style = None
+        if record.levelno >= logging.WARNING:
+            style = "yellow" if record.levelno == logging.WARNING else "red"
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         console.print(f"{stamp} {record.getMessage()}", style=style, markup=False, soft_wrap=True)
 
 
 class Reporter:
-    """Takes each step's metrics as they arrive. Made once per stage and process; only the main process writes."""
+    """Reports one stage's steps and validations. Only the main process writes."""
 
     def __init__(
         self,
-        config: ConfigDict,
+        stage: str,
+        task: Any,
         workdir: pathlib.Path,
         *,
         step: int,
+        end_step: int,
+        log_every: int,
+        tokens_per_step: int,
         flops_per_token: float,
         device_kind: str,
         devices: int,
         is_main: bool,
+        wandb: Any = None,
     ):
-        self._config, self._workdir, self._is_main = config, workdir, is_main
+        """`task` is one of train/tasks, `wandb` a run of W&B. Rows of metrics.jsonl after `step`
+        are removed: a resumed run writes them again."""
+        self._stage, self._task, self._workdir, self._is_main = stage, task, workdir, is_main
+        self._end_step, self._log_every, self._wandb = end_step, log_every, wandb
+        self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak = next(
             (peak * devices for name, peak in PEAK_FLOPS.items() if name in device_kind), None
@@ -79,7 +86,6 @@ class Reporter:
         if not is_main:
             return
         self._file = open_trimmed(workdir / "metrics.jsonl", step)
-        self._wandb = start_wandb(config, workdir)
         if console.is_terminal:
             columns = (
                 rich.progress.TextColumn("{task.description}", markup=False),
@@ -89,22 +95,19 @@ class Reporter:
                 ),
             )
             self._live = rich.progress.Progress(*columns, console=console, transient=True)
-            self._task = self._live.add_task(
-                config.name, total=config.end_step, completed=max(0, step), line=""
-            )
+            self._bar = self._live.add_task(stage, total=end_step, completed=max(0, step), line="")
             self._live.start()
 
     def step(
         self, step: int, metrics: dict[str, float], *, seconds: float, data_seconds: float
     ) -> None:
-        """`seconds` this step took from the last one's end to its own, of which `data_seconds` went into waiting for the batch."""
+        """Records a step. It took `seconds`, of which `data_seconds` were spent waiting for its
+        batch."""
         if not self._is_main:
             return
-        self._seconds, self._data_seconds, self._steps = (
-            self._seconds + seconds,
-            self._data_seconds + data_seconds,
-            self._steps + 1,
-        )
+        self._seconds += seconds
+        self._data_seconds += data_seconds
+        self._steps += 1
         row = {
             "step": step,
             **metrics,
@@ -112,12 +115,12 @@ class Reporter:
             "data_seconds": round(data_seconds, 4),
         }
         self._write(row)
-        rate = self._steps * self._config.tokens_per_step / max(self._seconds, 1e-9)
+        rate = self._steps * self._tokens_per_step / max(self._seconds, 1e-9)
         line = self._line(step, metrics, rate)
         if self._live:
-            self._live.update(self._task, completed=step, line=line)
-        if step % self._config.log_every == 0 or step == self._config.end_step:
-            log.info("%s step %d/%d  %s", self._config.name, step, self._config.end_step, line)
+            self._live.update(self._bar, completed=step, line=line)
+        if step % self._log_every == 0 or step == self._end_step:
+            log.info("%s step %d/%d  %s", self._stage, step, self._end_step, line)
             if self._data_seconds > 0.1 * self._seconds:
                 log.warning(
                     "training waited for data %.0f %% of the time",
@@ -127,27 +130,15 @@ class Reporter:
             self._steps = 0
 
     def validation(self, step: int, found: dict[str, dict[str, float]]) -> None:
-        """Logs an objective's means by source ("all" is that of the stage's own mix of rows) and draws the curves anew."""
+        """Records and logs an objective's means by source ("all": the stage's own mix of rows), and
+        redraws the curves."""
         if not self._is_main:
             return
-        if self._config.task == "dpo":
-            self._write({"step": step, "validation": found})
-            text = "  ".join(
-                f"{name}: loss {v['loss']:.4f}  accuracy {v['accuracy']:.3f}  margin {v['margin']:.3f}"
-                for name, v in found.items()
-            )
-        else:
-            perplexity = {name: math.exp(min(v["loss"], 50)) for name, v in found.items()}
-            self._write({"step": step, "validation_perplexity": perplexity})
-            loss = "loss: " + "  ".join(f"{name} {v['loss']:.4f}" for name, v in found.items())
-            text = (
-                loss
-                if self._config.task == "sft"
-                else "perplexity: "
-                + "  ".join(f"{name} {v:,.2f}" for name, v in perplexity.items())
-            )
-        log.info("%s step %d  validation %s", self._config.name, step, text)
-        plot_curves([self._workdir / "metrics.jsonl"], self._workdir / "curves.png")
+        self._write({"step": step, **self._task.validation_record(found)})
+        text = self._task.validation_text(found)
+        log.info("%s step %d  validation %s", self._stage, step, text)
+        rows = read_rows(self._workdir / "metrics.jsonl")
+        curves.plot({self._workdir.name: rows}, self._workdir / "curves.png")
 
     def close(self) -> None:
         if not self._is_main:
@@ -163,13 +154,10 @@ class Reporter:
         speed = (
             f"MFU {100 * flops / self._peak:.1f} %" if self._peak else f"{flops / 1e12:.3g} TFLOP/s"
         )
-        eta = (self._config.end_step - step) * self._config.tokens_per_step / rate
-        if self._config.task == "dpo":
-            of_task = f"accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:.3f}  kl {metrics['kl']:.4f}"
-        else:
-            of_task = f"ppl {math.exp(min(metrics['loss'], 50)):,.1f}"
+        eta = (self._end_step - step) * self._tokens_per_step / rate
         return (
-            f"loss {metrics['loss']:.4f}  {of_task}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+            f"loss {metrics['loss']:.4f}  {self._task.step_text(metrics)}  "
+            f"lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
             f"{rate:,.0f} tokens/s  {speed}  eta {duration(eta)}"
         )
 
@@ -192,6 +180,28 @@ class Reporter:
             )
 
 
+def open_reporter(
+    config: ConfigDict, task: Any, workdir: pathlib.Path, model: Any, devices: Any, step: int
+) -> Reporter:
+    """The reporter of a stage on an array of devices; `step` is the one that it resumes from, or
+    -1."""
+    is_main = jax.process_index() == 0
+    return Reporter(
+        config.name,
+        task,
+        workdir,
+        step=step,
+        end_step=config.end_step,
+        log_every=config.log_every,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=model.flops_per_token(config.seq_len),
+        device_kind=devices.flat[0].device_kind,
+        devices=devices.size,
+        is_main=is_main,
+        wandb=start_wandb(config, workdir) if is_main else None,
+    )
+
+
 def duration(seconds: float) -> str:
     """'3d 04:05', '4:05:06' or '5:06'."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -202,7 +212,8 @@ def duration(seconds: float) -> str:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a kill is left out, and so are damaged ones, with a warning."""
+    """The rows of a `metrics.jsonl`. Leaves out a last line that was cut short and, with a
+    warning, damaged lines."""
     rows, bad = parse_rows(path)
     if bad:
         log.warning("%s: damaged line(s) %s left out", path, ", ".join(map(str, bad)))
@@ -210,7 +221,8 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def parse_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """The rows of a `metrics.jsonl`, and by number, from 1, the lines that are none (a machine's crash leaves NULs or half a line)."""
+    """The rows of a `metrics.jsonl`, and line number -> content of the damaged lines: after a
+    crash of the machine there may be NULs or half a line."""
     rows, bad = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
@@ -225,14 +237,17 @@ def parse_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], dict[int, byte
 
 def validated_at(path: pathlib.Path, step: int) -> bool:
     """Whether the validation at a step is on record in a `metrics.jsonl`."""
-    return any(
-        row["step"] == step and ("validation_perplexity" in row or "validation" in row)
-        for row in read_rows(path)
-    )
+    return any(row["step"] == step and is_validation(row) for row in read_rows(path))
+
+
+def is_validation(row: dict[str, Any]) -> bool:
+    """Whether a row of `metrics.jsonl` is a validation, of any task."""
+    return "validation_perplexity" in row or "validation" in row
 
 
 def open_trimmed(path: pathlib.Path, step: int):
-    """`path` opened for appending, without the rows after `step`: a resumed run writes those again. Damaged lines go to `PATH.bad`."""
+    """Removes the rows after `step` and opens `path` for appending. Damaged lines are moved to
+    `PATH.bad`."""
     rows, bad = parse_rows(path)
     if bad:
         aside = path.with_name(f"{path.name}.bad")
@@ -247,10 +262,11 @@ def open_trimmed(path: pathlib.Path, step: int):
 
 
 def start_wandb(config: ConfigDict, workdir: pathlib.Path):
-    """The W&B run, or None when disabled. A resumed stage goes on in its own run, whose id is kept in the workdir."""
+    """The W&B run, or None if disabled. A resumed stage continues its own run, whose id is kept in
+    the workdir."""
     if config.wandb.mode == "disabled":
         return None
-    import wandb  # slow to import, and most runs at nano scale do without
+    import wandb  # optional, and slow to import
 
     id_file = workdir / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
@@ -267,58 +283,3 @@ def start_wandb(config: ConfigDict, workdir: pathlib.Path):
         ) from error
     log.info("W&B run: %s", run.url or f"offline, in {run.dir}")
     return run
-
-
-def plot_curves(metrics_files: Iterable[pathlib.Path], path: pathlib.Path) -> None:
-    """Loss, validation perplexity and learning rate against the global step, from one or more stages in order, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (loss_axis, ppl_axis, lr_axis) = plt.subplots(
-        3, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 3, 1.5), layout="constrained"
-    )
-    curves: dict[str, list[tuple[int, float]]] = {}
-    of_pairs = False
-    for i, file in enumerate(metrics_files):
-        rows = read_rows(file)
-        steps = [row for row in rows if "loss" in row]
-        x = [row["step"] for row in steps]
-        loss_axis.plot(
-            x, [row["loss"] for row in steps], lw=0.8, color=f"C{i}", label=file.parent.name
-        )
-        lr_axis.plot(x, [row["lr"] for row in steps], lw=1.2, color=f"C{i}")
-        for row in rows:
-            measured = row.get("validation_perplexity") or {
-                name: found["accuracy"] for name, found in row.get("validation", {}).items()
-            }
-            for name, value in measured.items():
-                curves.setdefault(name, []).append((row["step"], value))
-            of_pairs |= "validation" in row
-    for i, (name, points) in enumerate(curves.items()):
-        style = dict(color="black", ls="--") if name == "all" else dict(color=f"C{i}")
-        ppl_axis.plot(
-            *zip(*points, strict=True),
-            marker=".",
-            lw=1,
-            label="this stage's mix" if name == "all" else name,
-            **style,
-        )
-    loss_axis.set(ylabel="training loss (nats/pair)" if of_pairs else "training loss (nats/token)")
-    ppl_axis.set(
-        **(
-            dict(ylabel="validation: share of pairs", ylim=(0, 1.02))
-            if of_pairs
-            else dict(ylabel="validation perplexity", yscale="log")
-        )
-    )
-    lr_axis.set(ylabel="learning rate", xlabel="step")
-    for axis in (loss_axis, ppl_axis, lr_axis):
-        axis.grid(alpha=0.3)
-    for axis in (loss_axis, ppl_axis):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)

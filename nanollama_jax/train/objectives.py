@@ -1,4 +1,6 @@
-"""What is minimised. An objective returns sums and counts, never means: the step takes the global mean once, over devices and micro-batches."""
+"""Training objectives. They return sums and counts, never means: the step takes the global mean
+once, over devices and micro-batches.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +9,13 @@ from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.model.attention import merged_documents
 from nanollama_jax.train.losses import cross_entropy, preference_loss, token_logprobs
 
-Sums = dict[
-    str, jax.Array
-]  # float32 scalars; those that are not in COUNTS are logged divided by `weight`
+# float32 scalars. Those not in COUNTS are logged divided by `weight`.
+Sums = dict[str, jax.Array]
 COUNTS = ("weight", "learnt_tokens", "merged_in_attention")
 
 
 def means(sums: Sums) -> dict[str, jax.Array]:
-    """What is logged of an objective's sums over a whole batch."""
+    """The means to log, from an objective's sums over a whole batch."""
     weight = jnp.maximum(sums["weight"], 1.0)
     return {name: total / weight for name, total in sums.items() if name not in COUNTS}
 
@@ -27,8 +28,9 @@ def next_token(
     z_loss: float,
     chunk_tokens: int,
 ) -> tuple[jax.Array, Sums]:
-    """The summed loss to differentiate, and the sums behind it: `loss` (cross-entropy), `z` and `weight`, the learnt tokens; and
-    `merged_in_attention`, documents that attention could not keep apart. `batch` is as in data/pipeline.py."""
+    """The summed loss to differentiate, and its parts: `loss` (cross-entropy), `z`, and `weight`,
+    the number of learned tokens; also `merged_in_attention`, the documents that attention merged
+    into their predecessor. `batch` is described in data/pipeline.py."""
     hidden_BTD = Llama(model).apply(
         {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta
     )
@@ -56,10 +58,12 @@ def preference(
     label_smoothing: float,
     length_normalised: bool,
 ) -> tuple[jax.Array, Sums]:
-    """DPO on packed pairs (data/rows.py), `weight` of them, with the reference's log-probabilities in the batch, `reference_logprobs` (B, M) float32.
+    """DPO on packed pairs (data/rows.py); `weight` is their number. The batch has the reference's
+    log-probabilities, `reference_logprobs` (B, M) float32.
 
-    The loss's gradient is that of a cross-entropy in which each token of an answer weighs as much as the loss changes with the answer's
-    log-probability: what is differentiated is that, and its value is of no use.
+    The loss has the gradient of a cross-entropy in which each token of an answer is weighted by the
+    loss's derivative with respect to the answer's log-probability. That cross-entropy is what is
+    returned to differentiate; its value has no meaning.
     """
     hidden_BTD = Llama(model).apply(
         {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], rope_theta
@@ -83,29 +87,28 @@ def preference(
         "learnt_tokens": jnp.sum(batch["loss_weights"]),
         "merged_in_attention": merged_documents(batch["segment_ids"], model),
     }
-    # What the reference gives an answer's token more than the policy: an estimate of KL(reference || policy) where answers are like the reference's
-    sums["kl"] = (
-        jnp.sum((reference_BM - logprobs_BM) * (counts_BM > 0) / jnp.maximum(counts_BM, 1.0)) / 2
-    )
+    # Per token of an answer: estimates KL(reference || policy) if answers are like the reference's
+    kl_BM = (reference_BM - logprobs_BM) * (counts_BM > 0) / jnp.maximum(counts_BM, 1.0)
+    sums["kl"] = jnp.sum(kl_BM) / 2
     return total, sums
 
 
 def answer_logprobs(
     hidden_BTD, head_DV, batch: dict[str, jax.Array], segments: int, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each segment: the summed log-probability of its learnt targets, and how many there are; (B, M) float32, without a gradient."""
+    """The summed log-probability of each segment's learned targets, and their number; (B, M)
+    float32, without a gradient."""
     logprobs_BT = (
         token_logprobs(hidden_BTD, head_DV, batch["targets"], chunk_tokens) * batch["loss_weights"]
     )
     of_token_BTM = batch["segment_ids"][:, :, None] == jnp.arange(1, segments + 1)
-    return _pairwise_sum(logprobs_BT[:, :, None] * of_token_BTM), _pairwise_sum(
-        batch["loss_weights"][:, :, None] * of_token_BTM
-    )
+    counts_BTM = batch["loss_weights"][:, :, None] * of_token_BTM
+    return _pairwise_sum(logprobs_BT[:, :, None] * of_token_BTM), _pairwise_sum(counts_BTM)
 
 
 def _pairwise_sum(x_BTM):
-    """Over T, in float32 right to a last bit: DPO learns from small differences of sums, of which one product with `of_token` loses several (of 600
-    tokens, -8,873, it was off by 7e-3)."""
+    """Sums over T, in float32 and right to the last bit. DPO learns from small differences of sums;
+    a matrix product loses several bits (a sum of 600 tokens, -8,873, was off by 7e-3)."""
     T = x_BTM.shape[1]
     x_BTM = jnp.pad(x_BTM, [(0, 0), (0, (1 << (T - 1).bit_length()) - T), (0, 0)])
     while half := x_BTM.shape[1] // 2:

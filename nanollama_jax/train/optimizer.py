@@ -1,4 +1,6 @@
-"""AdamW and its two schedules, learning rate and RoPE theta, both functions of the global step, so that they carry across phases."""
+"""AdamW, and the schedules of the learning rate and RoPE theta: functions of the global step, so
+that they continue across stages.
+"""
 
 from typing import Any
 
@@ -12,13 +14,12 @@ NOT_DECAYED = ("embedding", "scale")  # embedding table and norms; every other p
 def make_optimizer(
     b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """Clip by global norm (0: not at all), Adam, decoupled weight decay of matrices (Loshchilov & Hutter, arXiv:1711.05101).
-    Updates come out unscaled: the step multiplies them by minus the learning rate of the global step, which goes on
-    counting when an update is skipped."""
+    """Clipping by global norm (0: none), Adam, and decoupled weight decay of matrices (Loshchilov &
+    Hutter, arXiv:1711.05101). The updates are not scaled: the step multiplies them by minus the
+    learning rate of the global step, which also counts skipped updates."""
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm)
-        if clip_norm
-        else optax.identity(),  # both without a state
+        # Neither has a state.
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
     )
@@ -34,8 +35,9 @@ def decay_mask(params: Any) -> Any:
 def wsd_schedule(
     step: jax.Array, peak: float, warmup_steps: int, decay_start: int, total_steps: int
 ) -> jax.Array:
-    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): linear up over `warmup_steps`, `peak`, then linear from `decay_start` to 0 at
-    `total_steps`. Neither the first step nor the last has rate 0, which would waste it."""
+    """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): linear up to `peak` over `warmup_steps`,
+    constant, then linear from `decay_start` to 0 at `total_steps`. Neither the first nor the last
+    step has rate 0, which would waste it."""
     step = jnp.asarray(step, jnp.float32)
     up = (step + 1) / max(1, warmup_steps)
     down = (total_steps - step) / max(1, total_steps - decay_start)
@@ -45,7 +47,8 @@ def wsd_schedule(
 def rope_theta_schedule(
     step: jax.Array, start_theta: float, end_theta: float, start_step: int, end_step: int, kind: str
 ) -> jax.Array:
-    """RoPE theta in force after `step` updates. "ramp": log-linear over the stage, from `start_theta` to `end_theta`; "jump": `end_theta` at once."""
+    """RoPE theta after `step` updates. "ramp": log-linear over the stage, from `start_theta` to
+    `end_theta`; "jump": `end_theta` from the start."""
     if kind == "jump":
         return jnp.float32(end_theta)
     done = jnp.clip(

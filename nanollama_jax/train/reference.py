@@ -1,5 +1,6 @@
-"""DPO's reference: the log-probabilities that the model gave every answer before training, computed once, by the step's own kernels, and kept in
-`WORKDIR/reference.npz` with fingerprints of the weights and of the data, and the kernels' precision.
+"""DPO's reference: the log-probability of every answer under the model before training. It is
+computed once, with the kernels of the training step, and kept in `WORKDIR/reference.npz` with
+fingerprints of weights and data, and the kernels' precision.
 """
 
 import functools
@@ -30,7 +31,8 @@ FILE = "reference.npz"
 
 
 class Reference:
-    """`attach(batch)` gives a batch of pairs its `reference_logprobs`; `weights`, a fingerprint of the model's, is kept in checkpoints."""
+    """`attach` adds `reference_logprobs` to a batch of pairs. `weights`, a fingerprint of the
+    model, is kept in checkpoints."""
 
     def __init__(self, logprobs: np.ndarray, weights: str):
         self.logprobs, self.weights = logprobs, weights  # (pairs, 2) float32: chosen, rejected
@@ -53,8 +55,9 @@ def open_reference(
     rope_theta: float,
     mesh: Any,
 ) -> Reference:
-    """Read from `workdir`, or computed with the weights of `initial_params()` and written there. `expected` is the fingerprint of the run that is
-    gone on with, None for a new one. Raises BadInput where a file's fingerprint, or that of the weights, is another than it must be."""
+    """Reads the reference from `workdir`, or computes it with the weights of `initial_params()` and
+    writes it there. `expected` is the fingerprint that a resumed run has, None for a new run.
+    Raises BadInput if the file or the weights have another fingerprint."""
     path, of_data, kernels = (
         workdir / FILE,
         fingerprint(feed),
@@ -66,7 +69,8 @@ def open_reference(
         weights = checksum(params)
         if expected not in (None, weights):
             raise BadInput(
-                f"{path} is gone, and init_from={config.init_from} is not the model this run began with: set it back"
+                f"{path} is missing, and init_from={config.init_from} is not the model that this "
+                "run started from: set init_from back"
             )
         expected = weights
     if path.exists():
@@ -74,11 +78,13 @@ def open_reference(
         if (found["weights"], found["data"]) != (expected, of_data):
             what = "another model" if found["weights"] != expected else "other data"
             raise BadInput(
-                f"{path} was computed with {what}: set that back, or remove the file to compute it anew, or choose another --workdir"
+                f"{path} was computed with {what}: set that back, remove the file to compute it "
+                "again, or choose another --workdir"
             )
         if found["kernels"] != kernels:
             raise BadInput(
-                f"{path} was computed in {found['kernels']}, and this run is in {kernels}: set that back, or remove the file"
+                f"{path} was computed with {found['kernels']}, and this run uses {kernels}: set "
+                "that back, or remove the file"
             )
         return Reference(found["logprobs"], expected)
 
@@ -111,9 +117,10 @@ def pair_logprobs(
     chunk_tokens: int,
     stage: str = "dpo",
 ) -> np.ndarray:
-    """(pairs, 2) float32: the summed log-probabilities in nats of the chosen and the rejected answer of each pair in `splits`, by its number.
+    """(pairs, 2) float32: the summed log-probabilities in nats of the chosen and the rejected
+    answer of each pair in `splits`, by its number.
 
-    Inside `sharding.use_mesh(mesh)`. Its progress is in the log of `stage`.
+    Call it inside `sharding.use_mesh(mesh)`. Logs its progress under the name `stage`.
     """
     logprobs = np.zeros((sum(len(rows.units) for rows in splits), 2), np.float32)
     total, done, said = sum(len(rows) for rows in splits), 0, time.monotonic()
@@ -136,7 +143,7 @@ def pair_logprobs(
 
 
 def fingerprint(feed: Feed) -> str:
-    """sha256 of all pairs in the order in which they are numbered."""
+    """sha256 of all pairs in the order of their numbers."""
     found = hashlib.sha256()
     for rows in feed.rows:
         for side in itertools.chain.from_iterable(rows.units):
@@ -151,13 +158,12 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
                 key: str(file[key]) for key in ("weights", "data", "kernels")
             }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(
-            f"{path} is damaged ({error}): remove it, and it is computed anew"
-        ) from error
+        raise BadInput(f"{path} is damaged ({error}): remove it to compute it again") from error
 
 
 def checksum(params: Any) -> str:
-    """Of the bits of all weights (float32), however they are laid out over devices: a weighted sum of each tensor's, modulo 2^32."""
+    """A fingerprint of all weights (float32), whatever their layout over devices: from a weighted
+    sum of each tensor's bits, modulo 2^32."""
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(_weighted_sum, tree))(params))
     return hashlib.sha256(
         repr(
@@ -169,7 +175,7 @@ def checksum(params: Any) -> str:
 def _weighted_sum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     weight = jnp.uint32(1)
-    for axis in range(x.ndim):  # odd everywhere: no change of a single weight is lost
+    for axis in range(x.ndim):  # odd everywhere, so that a change of one weight always shows
         weight += (
             2
             * jnp.uint32(2_654_435_761 + 40_503 * axis)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves, and ends after the step under way."""
+"""Signals that ask a run to stop. It finishes the current step, saves, and ends."""
 
 import contextlib
 import signal
@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 from nanollama_jax import process
 from nanollama_jax.train.metrics import log
 
-# SIGHUP: the terminal is gone. SIGUSR1, SIGUSR2, SIGXCPU: batch systems announce a time limit (Slurm's --signal, LSF, Grid Engine).
+# SIGHUP: the terminal was closed. SIGUSR1, SIGUSR2, SIGXCPU: batch systems announce a time limit
+# with them (Slurm's --signal, LSF, Grid Engine).
 STOPPING = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -25,9 +26,11 @@ STOPPING = (
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[bool], bool]]:
-    """Inside, `STOPPING` only sets a flag; a SIGINT after that ends the process at once. Yields a function that says whether to stop.
+    """Inside, a signal of `STOPPING` only sets a flag; a SIGINT after it ends the process at once.
+    Yields a function that returns whether to stop.
 
-    Several processes must all stop after the same step, so it asks the others, but only when its argument is true, the same on all.
+    Several processes must all stop after the same step. The function asks the others if its
+    argument is true, which must be the same on all.
     """
     received: signal.Signals | None = None
     logged = False
@@ -38,7 +41,8 @@ def stop_signals() -> Iterator[Callable[[bool], bool]]:
             process.exit_interrupted()
         if not received and jax.process_index() == 0:
             process.say(
-                f"received {signal.Signals(number).name}: saving and stopping; Ctrl-C ends it without saving"
+                f"received {signal.Signals(number).name}: saving and stopping; Ctrl-C ends it "
+                "without saving"
             )
         received = signal.Signals(number)
 

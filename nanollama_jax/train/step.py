@@ -1,5 +1,5 @@
-"""One training step and one validation step: pure functions of state and batch. `program` puts a stage's together as the loop compiles them, and
-as tools/plan.py and tools/benchmark.py do.
+"""One training step and one validation step, pure functions of state and batch. `program` assembles
+those of a stage, for the loop, tools/plan.py and tools/benchmark.py.
 """
 
 import dataclasses
@@ -19,13 +19,15 @@ from ml_collections import ConfigDict
 from nanollama_jax import sharding
 from nanollama_jax.model import Llama, ModelConfig
 from nanollama_jax.train import objectives, optimizer
+from nanollama_jax.train.tasks import task_of
 
 Objective = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes. `step` counts batches seen since the curriculum began, `skipped` the updates among them that were not applied."""
+    """What training changes. `step` counts the batches since the start of the curriculum, `skipped`
+    those whose update was not applied."""
 
     step: jax.Array
     skipped: jax.Array
@@ -36,14 +38,14 @@ class TrainState:
 def init_state(
     model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> tuple[Callable[[], TrainState], Any, Any]:
-    """`(make, shapes, shardings)`: nothing is allocated until `make()` is called, and then each device makes only its own part.
+    """`(make, shapes, shardings)`. Nothing is allocated until `make()` is called; each device then
+    makes only its own part.
 
     `shapes` is a TrainState of ShapeDtypeStructs, `shardings` one of NamedShardings.
     """
-    dummy = np.zeros((1, 8), np.int32)  # numpy's: no device need be there (tools/plan.py)
-    model = dataclasses.replace(
-        model, attention="xla"
-    )  # parameters are the same, and this one takes a single short row
+    dummy = np.zeros((1, 8), np.int32)  # of numpy, which needs no device (tools/plan.py)
+    # Dense attention has the same parameters, and accepts a single short row.
+    model = dataclasses.replace(model, attention="xla")
 
     def boxed_params():
         return Llama(model).init(jax.random.key(seed), dummy, dummy, dummy, np.float32(10_000))[
@@ -75,10 +77,13 @@ def train_step(
     accumulation: int,
     compute_dtype: str,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The next state, and float32 scalars to log. Gradients are summed over micro-batches in float32 and divided once by the global weight, so
-    that neither the number of devices nor of micro-batches changes what is optimised (with 16-bit activations, layers' gradients are summed
-    over devices in 16 bits). If loss, gradient or the optimizer's moments are not finite, the update is skipped and counted, and the state is
-    otherwise that of before."""
+    """The next state, and float32 scalars to log.
+
+    Gradients are summed over micro-batches in float32 and divided once by the global weight: the
+    number of devices and micro-batches does not change what is optimised. (With 16-bit activations,
+    the layers' gradients are summed over devices in 16 bits.) If loss, gradient or the
+    optimizer's moments are not finite, the update is skipped and counted; only `step` advances.
+    """
     theta = rope_theta(state.step)
     params = cast_matrices(state.params, compute_dtype)
     gradient_of = jax.value_and_grad(objective, has_aux=True)
@@ -95,10 +100,7 @@ def train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(carry, microbatch):
-            return (
-                jax.tree.map(jnp.add, carry, sums_and_grads(microbatch)),
-                None,
-            )
+            return jax.tree.map(jnp.add, carry, sums_and_grads(microbatch)), None
 
         (sums, grads), _ = jax.lax.scan(add, zeros, microbatches)
 
@@ -109,7 +111,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
 
-    # The moments of before, not the updated ones, which would have to be computed twice or kept beside the old: 8 bytes a parameter read
+    # Of the old moments: the new ones would have to be computed twice or kept beside the old.
     finite = (
         jnp.isfinite(grad_norm)
         & jnp.isfinite(means["loss"])
@@ -134,10 +136,15 @@ def train_step(
 
 
 def cast_matrices(params: Any, dtype: str) -> Any:
-    """The layers' matrices in the dtype of their products, cast once a step and not in every micro-batch. Norms, the embedding and the head, whose
-    gradients are summed over tokens in float32, stay as they are."""
-    matrix = lambda path: path[0].key.startswith("layers") and path[-1].key == "kernel"  # noqa: E731
-    return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if matrix(path) else x, params)
+    """Casts the layers' matrices to the dtype of their products, once per step instead of once per
+    micro-batch. Norms, embedding and head stay float32: their gradients are summed over tokens in
+    float32."""
+
+    def cast(path, x):
+        is_matrix = path[0].key.startswith("layers") and path[-1].key == "kernel"
+        return x.astype(dtype) if is_matrix else x
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def validation_step(
@@ -148,7 +155,8 @@ def validation_step(
 
 
 class Program(NamedTuple):
-    """What a stage computes; nothing is compiled or allocated yet. All of it must be traced inside `sharding.use_mesh(mesh)`."""
+    """What a stage computes. Nothing is compiled or allocated yet. Trace it inside
+    `sharding.use_mesh(mesh)`."""
 
     make_state: Callable[[], TrainState]
     state_shapes: TrainState  # of ShapeDtypeStructs
@@ -160,7 +168,8 @@ class Program(NamedTuple):
 
 
 def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
-    """The stage that `config` describes, for a model that `settle` gave."""
+    """The program of a stage. `model` is the config's, resolved."""
+    task = task_of(config)
     adamw = optimizer.make_optimizer(
         **{k: config.optimizer[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")}
     )
@@ -172,53 +181,27 @@ def program(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Program:
         end_step=config.end_step,
         kind=config.rope.schedule,
     )
-    if config.task == "dpo":
-        objective = functools.partial(
-            objectives.preference,
-            model=model,
-            chunk_tokens=config.loss.chunk_tokens,
-            **config.preference,
-        )
-    else:
-        objective = functools.partial(
-            objectives.next_token,
-            model=model,
-            z_loss=config.loss.z_loss,
-            chunk_tokens=config.loss.chunk_tokens,
-        )
+    learning_rate = functools.partial(
+        optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule
+    )
+    objective = task.objective(config, model)
     make_state, shapes, shardings = init_state(model, adamw, mesh, config.seed)
     update = functools.partial(
         train_step,
         objective=objective,
         optimizer=adamw,
-        learning_rate=functools.partial(
-            optimizer.wsd_schedule, peak=config.optimizer.peak_lr, **config.schedule
-        ),
+        learning_rate=learning_rate,
         rope_theta=rope_theta,
         accumulation=config.accumulation,
         compute_dtype=model.dtype,
     )
-    dtypes = {
-        "tokens": np.int32,
-        "targets": np.int32,
-        "loss_weights": np.float32,
-        "segment_ids": np.int32,
-        "positions": np.int32,
-    }
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    batch_shapes = {
-        name: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), dtype, sharding=rows)
-        for name, dtype in dtypes.items()
-    }
-    if config.task == "dpo":
-        batch_shapes["reference_logprobs"] = jax.ShapeDtypeStruct(
-            (config.batch_size, config.data.max_segments), np.float32, sharding=rows
-        )
+    spec = task.batch_spec(config.batch_size, config.seq_len, config.data.max_segments)
     return Program(
         make_state=make_state,
         state_shapes=shapes,
         state_shardings=shardings,
-        batch_shapes=batch_shapes,
+        batch_shapes={name: array.update(sharding=rows) for name, array in spec.items()},
         rope_theta=rope_theta,
         update=jax.jit(
             update,

@@ -17,7 +17,7 @@ from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked
 from nanollama_jax.synthetic import urls
 from nanollama_jax.tokenizer import Tokenizer
-from nanollama_jax.train import loop
+from nanollama_jax.train import feed
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 USER, ANSWER = GOOD["messages"]
@@ -184,7 +184,7 @@ def test_what_is_not_to_be_trained_on_weighs_nothing(tokenizer, tmp_path):
     assert sorted(said) == sorted(["".join(answers), *answers])
     special, text = 3, tokenizer.encode("c") + tokenizer.encode("b0")  # of each of four answers
     learned = 4 * (special + len(text))
-    shown = loop.show_row({name: array[None] for name, array in row.items()}, tokenizer)
+    shown = feed.show_row({name: array[None] for name, array in row.items()}, tokenizer)
     assert shown.startswith(f"3 segment(s), {learned} tokens learned: '<s><|im_start|>user")
 
 

@@ -175,7 +175,7 @@ def test_stages_that_stand_on_what_is_extended_are_not_taken_for_finished(lab, w
     shutil.copytree(workdir, root / "sft")
     with pytest.raises(
         BadInput,
-        match=rf"phase1 is to go on from step 12 to 40, and later .* move {root}/sft to another place",
+        match=rf"phase1 would continue from step 12 to 40, and later .* move {root}/sft elsewhere",
     ):
         curriculum.check_nothing_outdated(stages, root)
     shutil.rmtree(root / "phase1")

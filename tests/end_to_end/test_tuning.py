@@ -114,7 +114,7 @@ def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
     )
     np.savez(path, **kept | {"kernels": "bfloat16, cudnn_packed attention"})
     assert (
-        "was computed in bfloat16, cudnn_packed attention, and this run is in float32, xla"
+        "was computed with bfloat16, cudnn_packed attention, and this run uses float32, xla"
         in lab.run("dpo", tmp_path / "dpo", start, expect=2)
     )
     path.write_bytes(b"PK")

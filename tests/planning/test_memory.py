@@ -98,7 +98,7 @@ def test_more_kept_is_more_memory_and_auto_takes_the_most_that_fits():
         assert memory.fastest_remat(model_of("1b"), total + 1e8, **STEP) == remat
     with pytest.raises(
         BadInput,
-        match=r"needs 24\.8 GB a device even with model.remat=full, and 20\.0 are there: raise accumulation \(now 1\)",
+        match=r"needs 24\.8 GB per device even with model.remat=full, and 20\.0 are available: raise accumulation \(now 1\)",
     ):
         memory.fastest_remat(model_of("1b"), 20e9, **STEP)
 

@@ -7,19 +7,19 @@ import numpy as np
 import optax
 import pytest
 
-from nanollama_jax.train import divergence
+from nanollama_jax.train.hooks import divergence
 from nanollama_jax.train.step import TrainState
 
 CHANCE = math.log(4096)
 FINE = {"update_skipped": 0}
 
 
-def watched(losses, lowest=(), task="pretrain"):
-    watch = divergence.Watch(task, 4096, dict(lowest))
+def watched(losses, lowest=(), measure="loss"):
+    watch = divergence.Watch(measure, 4096, dict(lowest))
     for step, loss in enumerate(losses, 1):
         watch.step(
             step,
-            {"update_skipped": not math.isfinite(loss), "kl" if task == "dpo" else "loss": loss},
+            {"update_skipped": not math.isfinite(loss), measure: loss},
         )
     return watch
 
@@ -68,7 +68,7 @@ def test_training_as_it_goes_is_no_divergence(losses):
     [
         (
             [3.0] * 20 + [CHANCE] * 20,
-            "diverged: training loss 8.318 nats a token, after 3.00",
+            "diverged: training loss 8.318 nats per token, after 3.00",
         ),  # a dead network
         (
             [3.0] * 20 + [2.9e6] + [3.0] * 5,
@@ -96,8 +96,8 @@ def test_a_resumed_run_is_compared_with_what_it_was():
 
 
 def test_dpo_is_measured_by_how_unlikely_answers_became():
-    assert watched([0.0, 0.1, 0.5, 1.5], task="dpo").objection(state_of()) is None
-    assert "training kl" in watched([0.0, 0.1] + [7.0] * 20, task="dpo").objection(state_of())
+    assert watched([0.0, 0.1, 0.5, 1.5], measure="kl").objection(state_of()) is None
+    assert "training kl" in watched([0.0, 0.1] + [7.0] * 20, measure="kl").objection(state_of())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from nanollama_jax.corpus import finetuning
-from nanollama_jax.train.feed import open_feed
 from nanollama_jax.train.metrics import log
+from nanollama_jax.train.tasks import task_of
 
 SEQ_LEN, ROWS = 128, 20
 
@@ -50,7 +50,7 @@ def config(chat_tokenizer, tmp_path) -> ConfigDict:
 
 
 def test_of_a_source_to_validate_on_only_that_is_opened(chat_tokenizer, config):
-    feed = open_feed(config, chat_tokenizer)
+    feed = task_of(config).open_data(config, chat_tokenizer, None)
     documents = {
         name: {split: about["documents"] for split, about in source.manifest["splits"].items()}
         for name, source in feed.sources.items()
@@ -70,9 +70,9 @@ def test_epochs_are_of_rows(chat_tokenizer, config, monkeypatch, more):
     """Padding, too, is of the rows that are read, and is no token on disk."""
     warnings = []
     monkeypatch.setattr(log, "warning", lambda form, *values: warnings.append(form % values))
-    train = open_feed(config, chat_tokenizer).rows[0]
+    train = task_of(config).open_data(config, chat_tokenizer, None).rows[0]
     config.batch_size, config.end_step = len(train), 4 + more
-    open_feed(config, chat_tokenizer)
+    task_of(config).open_data(config, chat_tokenizer, None)
     assert (
         train.fill < 0.9
         and [text.split(":")[0] for text in warnings] == ["read is read 5.00 times in sft"] * more
