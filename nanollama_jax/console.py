@@ -39,11 +39,12 @@ class Console(rich.console.Console):
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        self._chosen_width = options.get("width")  # not COLUMNS, which a shell sets for pipes too
 
     @property
     def size(self) -> rich.console.ConsoleDimensions:
         size = super().size
-        return size if self.is_terminal or self._width is not None else size._replace(width=_UNLIMITED)
+        return size if self.is_terminal or self._chosen_width else size._replace(width=_UNLIMITED)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Cells and titles of tables; rich would remove some control characters and obey others."""

@@ -100,9 +100,8 @@ def flip(path, at: int, keep_times: bool = False) -> None:
 
 
 def read_an_epoch(source, tokenizer) -> None:
-    batches = iter(
-        pipeline.train_batches({"corpus": source}, {"corpus": 1.0}, tokenizer, batch_size=8, seq_len=512, max_segments=64, seed=0, rows=100)
-    )
+    packing = dict(batch_size=8, seq_len=512, max_segments=64, seed=0, windows={"corpus": 98})
+    batches = iter(pipeline.train_batches({"corpus": source}, {"corpus": 1.0}, tokenizer, **packing))
     for _ in range(10):
         next(batches)
 

@@ -41,7 +41,7 @@ def test_what_a_curriculum_ends_with(lab, undisturbed):
     assert len(found) == 2 and found[0]["loss"] == pytest.approx(np.log(2), abs=1e-5) and found[1]["loss"] < found[0]["loss"]
     log = (undisturbed / "sft" / "log.txt").read_text()
     assert "step 12  asked: 'What is 12 + 7?'" in log and "step 12  says: " in log
-    assert re.search(r"first row: \d+ segment\(s\): '<s><\|im_start\|>user\\n.*<\|im_end\|>", log)
+    assert re.search(r"first row: \d+ segment\(s\), \d+ tokens learned: '<s><\|im_start\|>user\\n.*<\|im_end\|>", log)
     loaded = checkpoint.load(undisturbed)
     assert loaded.path.parent.parent.name == "dpo" and loaded.tokenizer.is_chat and loaded.model.vocab_size == 328
     assert loaded.context_length == 256 and loaded.metadata["tokens_seen"] == 8 * 1024
