@@ -44,11 +44,12 @@ class Console(rich.console.Console):
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        self._chosen_width = options.get("width")  # not COLUMNS, which a shell sets for pipes too
 
     @property
     def size(self) -> rich.console.ConsoleDimensions:
         size = super().size
-        unlimited = not self.is_terminal and self._width is None
+        unlimited = not self.is_terminal and not self._chosen_width
         return size._replace(width=_UNLIMITED) if unlimited else size
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -118,7 +118,11 @@ def find_start(
     counted = metadata and (resumed or not task.fine_tunes)
     tokens = metadata.tokens_seen if counted else 0
     if tokens:
-        how = "" if metadata.tokens_seen_is_exact else " (by an earlier version, from this stage's tokens per step)"
+        how = (
+            ""
+            if metadata.tokens_seen_is_exact
+            else " (by an earlier version, from this stage's tokens per step)"
+        )
         log.info("%s: %s tokens seen up to step %d%s", config.name, f"{tokens:,}", step, how)
     if resumed:
         now = json.loads(config.to_json_best_effort())

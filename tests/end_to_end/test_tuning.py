@@ -58,7 +58,10 @@ def test_what_a_curriculum_ends_with(lab, undisturbed):
     )
     log = (undisturbed / "sft" / "log.txt").read_text()
     assert "step 12  asked: 'What is 12 + 7?'" in log and "step 12  says: " in log
-    assert re.search(r"first row: \d+ segment\(s\): '<s><\|im_start\|>user\\n.*<\|im_end\|>", log)
+    assert re.search(
+        r"first row: \d+ segment\(s\), \d+ tokens learned: '<s><\|im_start\|>user\\n.*<\|im_end\|>",
+        log,
+    )
     loaded = checkpoint.load(undisturbed)
     assert (
         loaded.path.parent.parent.name == "dpo"
