@@ -6,7 +6,9 @@ import math
 import pytest
 
 from configs import dpo, phase1
-from nanollama_jax.train import gates, metrics
+from nanollama_jax.train import metrics
+from nanollama_jax.train.hooks import gates
+from nanollama_jax.train.tasks import task_of
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,8 @@ def test_a_gate_is_found_by_its_step_and_remembered(tmp_path):
 
 def reporter(config, workdir, **changes):
     about = dict(step=-1, flops_per_token=1e6, device_kind="cpu", devices=1, is_main=True)
-    return metrics.Reporter(config, workdir, **about | changes)
+    about |= {name: config[name] for name in ("end_step", "log_every", "tokens_per_step")}
+    return metrics.Reporter(config.name, task_of(config), workdir, **about | changes)
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def logged(caplog):
 
 def test_steps_and_validations_are_recorded(tmp_path, logged):
     config = phase1.get_config("nano")
-    config.update(tokens_per_step=1000, log_every=2, end_step=4)
+    config.update(batch_size=10, seq_len=100, log_every=2, end_step=4)
     made = reporter(config, tmp_path)
     values = {"loss": 2.0, "lr": 1e-3, "grad_norm": 0.5}
     for step in (1, 2):
