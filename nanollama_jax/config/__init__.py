@@ -143,6 +143,8 @@ def _mistake(prefix: str, path: tuple[str, ...], value: Any) -> str | None:
     """What is wrong with a setting's value, or None."""
     name = declared_name(path)
     shown = lambda: f"{prefix}{'.'.join(path)}={_brief.repr(value)}"  # noqa: E731
+    if path[0] == "hooks" and len(path) > 2:  # hooks.NAME.SETTING: the hook checks its settings
+        return None if NAME.accepts(path[1]) else f"{shown()}: {path[1]!r} must be {NAME.words}"
     if name is None:
         return f"{shown()}: there is no such setting{did_you_mean('.'.join(path))}"
     for part, key in zip(name.split("."), path, strict=True):
