@@ -67,7 +67,7 @@ def defaults() -> ConfigDict:
     """A config of all settings that have a default."""
     nested: dict[str, Any] = {}
     for name, field in FIELDS.items():
-        if not field.required:
+        if not field.required and "*" not in name:
             *sections, key = name.split(".")
             at = nested
             for section in sections:
@@ -84,7 +84,9 @@ def resolved(values: Mapping[str, Any], model: Any) -> Resolved:
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     found = {}
     for field in dataclasses.fields(cls):
-        value, inner = values[field.name], field.metadata.get("section")
+        inner = field.metadata.get("section")
+        default = None if inner else field.metadata["field"].default  # of a corpus, say
+        value = values.get(field.name, default)
         if inner and field.metadata["each"]:
             value = {name: _build(inner, each) for name, each in value.items()}
         elif inner:

@@ -174,20 +174,20 @@ class Corpus:
     url: str = setting(
         str, "Where the text is: nanollama_jax/corpus/sources.py lists the forms.", form=URL
     )
-    licence: str = setting(str, "The text's licence, for the model card.", form=LINE)
-    max_tokens: int = setting(int, "Tokens to prepare; 0: all.", ge=0, le=10**14)
+    licence: str = setting("", "The text's licence, for the model card.", form=LINE)
+    max_tokens: int = setting(0, "Tokens to prepare; 0: all.", ge=0, le=10**14)
     keep: str = setting(
-        str,
+        "",
         "A filter of documents (nanollama_jax/corpus/filters.py); empty: keep all.",
         choices=("", "stem"),
     )
     contaminated: str = setting(
-        str,
+        "drop",
         "What happens to a document that quotes a benchmark: drop it, or cut the passage.",
         choices=("drop", "cut"),
     )
     leave_out: str = setting(
-        str,
+        "",
         "A report of tools/near_duplicates.py whose documents are left out; empty: none.",
         form=LINE,
     )
@@ -200,10 +200,10 @@ class Tuning:
     url: str = setting(
         str, "Where the conversations or pairs are: nanollama_jax/corpus/sources.py.", form=URL
     )
-    licence: str = setting(str, "Their licence, for the model card.", form=LINE)
+    licence: str = setting("", "Their licence, for the model card.", form=LINE)
     kind: str = setting(str, "What the rows are.", choices=("conversations", "preferences"))
     bad_rows: str = setting(
-        str, "At a bad row: stop, or skip and count it.", choices=("stop", "skip")
+        "stop", "At a bad row: stop, or skip and count it.", choices=("stop", "skip")
     )
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from nanollama_jax import distributed, sharding
 from nanollama_jax.checkpoint import Checkpoints
 from nanollama_jax.checkpoint.origin import kept_windows
+from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.model.attention import check_attention
 from nanollama_jax.train import hooks, provenance
@@ -42,7 +43,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Outcome:
     cannot work, and RunStopped if a gate stops the run or it diverges."""
     with contextlib.ExitStack() as cleanup:
         # ---- Resolve the config, claim the workdir
-        task, model, workdir = task_of(config), settle(config), pathlib.Path(workdir)
+        task, model = task_of(config), settle(config)
+        check_workdir(workdir)
+        workdir = pathlib.Path(workdir)
         agreed = {"config": config.to_dict(), "model": dataclasses.asdict(model)}
         distributed.check_agreement(agreed | {"workdir": str(workdir.absolute())})
         cleanup.enter_context(claimed(workdir))

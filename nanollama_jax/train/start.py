@@ -17,7 +17,6 @@ from nanollama_jax.checkpoint.origin import (
     initial_params,
     write_config,
 )
-from nanollama_jax.config import check_workdir
 from nanollama_jax.data import pipeline
 from nanollama_jax.errors import BadInput
 from nanollama_jax.files import locked
@@ -37,7 +36,6 @@ from nanollama_jax.train.tasks import Task
 def claimed(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the workdir and logs into it. Inside, no other run can use it: two would overwrite each
     other's checkpoints. Raises BadInput if one does."""
-    check_workdir(workdir)
     if checkpoint.is_checkpoint(workdir.absolute()):
         raise BadInput(
             f"--workdir={workdir} is a checkpoint: name its run, "

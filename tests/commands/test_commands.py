@@ -78,6 +78,8 @@ def test_a_package_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "nanollama_jax.export.gguf", raising=False)
     monkeypatch.delitem(sys.modules, "nanollama_jax.commands.export_gguf", raising=False)
+    # Or `from nanollama_jax.export import gguf` finds what an earlier test imported
+    monkeypatch.delattr("nanollama_jax.export.gguf", raising=False)
     monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(SystemExit) as end:
         commands.run("export-gguf", [])

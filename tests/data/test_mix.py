@@ -466,7 +466,7 @@ def test_bad_input_ends_in_one_line(corpora, runs, tmp_path):
     assert (
         done.returncode == 2
         and done.stdout == ""
-        and f"there is no folder {runs[1]}/none; make it" in done.stderr
+        and f"there is no folder {runs[1]}/none; create it" in done.stderr
         and done.stderr.count("\n") == 1
     )
     for overrides, message in (

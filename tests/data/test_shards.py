@@ -216,7 +216,7 @@ def test_a_dtype_that_only_the_tokenizer_contradicts(root):
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"dtype": "uint32", "vocab_size": 100_000}))
     with pytest.raises(
-        BadInput, match=r"has dtype=uint32 where documents are stored in uint16: restore it"
+        BadInput, match=r"has dtype=uint32 but documents are stored as uint16: restore the file"
     ):
         opened(root)
 

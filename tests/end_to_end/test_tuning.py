@@ -125,8 +125,8 @@ def test_a_reference_of_another_model_is_refused(lab, undisturbed, tmp_path):
     # gone on with, the run wants the model that it began with
     path.unlink()
     shutil.rmtree(tmp_path / "dpo" / "checkpoints" / "step_8")
-    assert "name it" in lab.run("dpo", tmp_path / "dpo", expect=2)
-    assert "is not the model this run began with" in lab.run(
+    assert "set init_from to where" in lab.run("dpo", tmp_path / "dpo", expect=2)
+    assert "is not the model that this run started from" in lab.run(
         "dpo", tmp_path / "dpo", f"--config.init_from={tmp_path / 'dpo'}", expect=2
     )
     assert "finished at step 8" in lab.run("dpo", tmp_path / "dpo", start)
