@@ -23,7 +23,10 @@ def test_a_sample_of_all_tools(lab):  # noqa: F811
 
 
 def test_every_tool_is_tried():
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} | {"main"} == {*CALLS, *OF_RECIPES}
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {
+        "checkout"
+    }  # only sets sys.path
+    assert tools | {"main"} == {*CALLS, *OF_RECIPES}
     for tool, calls in (CALLS | OF_RECIPES).items():
         assert len(set(cases(tool, calls, ["--out"]))) >= 60
 

@@ -61,8 +61,8 @@ def test_one_book_to_a_checkpoint_and_again(tmp_path, monkeypatch, capfd):
     splits = prepared(tmp_path)["splits"]
     assert splits["train"]["documents"] > splits["validation"]["documents"] > 0
     metadata = checkpoint.read_metadata(workdir, 6)
-    assert metadata["model"]["vocab_size"] == prepared(tmp_path)["vocab_size"] <= 512
-    assert metadata["config"]["end_step"] == metadata["config"]["schedule"]["total_steps"] == 6
+    assert metadata.model.vocab_size == prepared(tmp_path)["vocab_size"] <= 512
+    assert metadata.config["end_step"] == metadata.config["schedule"]["total_steps"] == 6
     assert [row["step"] for row in read_rows(workdir / "metrics.jsonl") if "loss" in row] == [
         *range(1, 7)
     ]

@@ -170,7 +170,7 @@ def test_the_tool_refuses_in_one_line():
             ("--config.seq_len=0", "--config.mesh.data=0", "--config.checkpoint.every=0"),
             "seq_len=0: must be a whole number from 2",
         ),
-        (("--remat", "qkv"), "--remat goes with --compile"),
+        (("--remat", "qkv"), "--remat needs --compile"),
         (
             ("--remat", "dots", "--compile", "any"),
             "should be one of <full|attention|qkv|gate_up|products|none>",
