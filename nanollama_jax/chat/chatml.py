@@ -48,14 +48,14 @@ class Stretch(NamedTuple):
     text: str
     special: bool = False
     header: bool = False  # `text` begins with _ANSWER, which the assistant does not say
-    learnt: bool = False  # said by the assistant in a message to be learned, but for the header
+    learned: bool = False  # said by the assistant in a message to be learned, but for the header
 
 
 class Encoded(NamedTuple):
     ids: np.ndarray  # int32
     # bool: for each of `ids`, whether a model learns to predict it: what the assistant says in
     # messages with `learned`
-    learnt: np.ndarray
+    learned: np.ndarray
 
 
 def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
@@ -64,7 +64,7 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
         messages = (Message("system", ""), *messages)
     for message in messages:
         said = message.role == "assistant"
-        learnt = said and message.learned
+        learned = said and message.learned
         yield Stretch(TURN_START, special=True)
         if message.role == "tool":
             yield Stretch("tool\n")
@@ -81,23 +81,23 @@ def render(messages: Sequence[Message], tools: Tools = ()) -> Iterator[Stretch]:
             )
         elif thought := message.thought.strip(BLANK):
             yield Stretch(_ANSWER, header=True)
-            yield Stretch(THOUGHT_START, special=True, learnt=learnt)
-            yield Stretch(thought, learnt=learnt)
-            yield Stretch(THOUGHT_END, special=True, learnt=learnt)
-            yield Stretch(message.content.strip(BLANK), learnt=learnt)
+            yield Stretch(THOUGHT_START, special=True, learned=learned)
+            yield Stretch(thought, learned=learned)
+            yield Stretch(THOUGHT_END, special=True, learned=learned)
+            yield Stretch(message.content.strip(BLANK), learned=learned)
         else:
-            yield Stretch(_ANSWER + message.content.strip(BLANK), header=True, learnt=learnt)
+            yield Stretch(_ANSWER + message.content.strip(BLANK), header=True, learned=learned)
         for call in message.tool_calls:
-            yield Stretch(TOOL_CALL, special=True, learnt=learnt)
-            yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learnt=learnt)
-        yield Stretch(TURN_END, special=True, learnt=learnt)
+            yield Stretch(TOOL_CALL, special=True, learned=learned)
+            yield Stretch(_json({"name": call.name, "arguments": call.arguments}), learned=learned)
+        yield Stretch(TURN_END, special=True, learned=learned)
         yield Stretch("\n")
 
 
 def encode(messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ()) -> Encoded:
     """BOS and the conversation. Raises BadInput for a tokenizer without the special tokens, or in which an answer would change its header's ids."""
     check_tokenizer(tokenizer)
-    ids, learnt = [tokenizer.bos_id], [False]
+    ids, learned = [tokenizer.bos_id], [False]
     stretches = [stretch for stretch in render(messages, tools) if stretch.text]
     try:
         encoded = iter(
@@ -108,7 +108,7 @@ def encode(messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ())
     header_ids = tokenizer.encode(_ANSWER)
     for stretch in stretches:
         new = [tokenizer.control_id(stretch.text)] if stretch.special else next(encoded)
-        said = [stretch.learnt] * len(new)
+        said = [stretch.learned] * len(new)
         if stretch.header:
             if new[: len(header_ids)] != header_ids:
                 raise BadInput(
@@ -116,8 +116,8 @@ def encode(messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ())
                 )
             said[: len(header_ids)] = [False] * len(header_ids)
         ids += new
-        learnt += said
-    return Encoded(np.array(ids, np.int32), np.array(learnt, bool))
+        learned += said
+    return Encoded(np.array(ids, np.int32), np.array(learned, bool))
 
 
 def encode_prompt(

@@ -212,7 +212,7 @@ def _encoded(
     messages: Sequence[Message], row: Conversation | Preference, tokenizer: Tokenizer
 ) -> np.ndarray:
     encoded = chat.encode(messages, tokenizer, row.tools)
-    return encode(encoded.ids, encoded.learnt)
+    return encode(encoded.ids, encoded.learned)
 
 
 def extend_tokenizer(config: ConfigDict) -> Tokenizer:

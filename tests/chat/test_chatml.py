@@ -1,4 +1,4 @@
-"""The chat format: the same ids from our encoder, transformers, the template in a GGUF file and llama.cpp; what is learnt; what users cannot say."""
+"""The chat format: the same ids from our encoder, transformers, the template in a GGUF file and llama.cpp; what is learned; what users cannot say."""
 
 import dataclasses
 import json
@@ -126,8 +126,8 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(tokenizer):
         prompt = chat.encode_prompt((Message("user", "Say it."),), tokenizer)
         assert whole.ids[: len(prompt)].tolist() == prompt, text
         assert (
-            not whole.learnt[: len(prompt)].any()
-            and whole.learnt[len(prompt) : -len(tokenizer.encode("\n"))].all()
+            not whole.learned[: len(prompt)].any()
+            and whole.learned[len(prompt) : -len(tokenizer.encode("\n"))].all()
         ), text
         reply = chat.parse_reply(whole.ids[len(prompt) :].tolist(), tokenizer)
         assert reply.content == text.strip(chat.BLANK).replace("\u2581", " ").strip(chat.BLANK)
@@ -146,15 +146,15 @@ def test_what_transformers_says_the_assistant_said(tokenizer, theirs, real_data)
         )
         encoded = chat.encode(messages, tokenizer, tools)
         assert found["input_ids"] == encoded.ids.tolist()
-        assert found["assistant_masks"] == encoded.learnt.astype(int).tolist()
+        assert found["assistant_masks"] == encoded.learned.astype(int).tolist()
         answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-        starts = np.flatnonzero(np.diff(encoded.learnt.astype(int)) == 1) + 1  # of each answer
+        starts = np.flatnonzero(np.diff(encoded.learned.astype(int)) == 1) + 1  # of each answer
         for number, start in zip(answers[:3], starts, strict=False):
             untrained = list(messages)
             untrained[number] = dataclasses.replace(messages[number], learned=False)
             left = np.array(found["assistant_masks"], bool)
-            left[start : start + np.argmin(encoded.learnt[start:])] = False
-            assert np.array_equal(chat.encode(untrained, tokenizer, tools).learnt, left)
+            left[start : start + np.argmin(encoded.learned[start:])] = False
+            assert np.array_equal(chat.encode(untrained, tokenizer, tools).learned, left)
 
 
 def test_llama_cpp_renders_our_ids(tokenizer, trained, tmp_path):

@@ -142,7 +142,7 @@ def test_tool_calls_as_openai_writes_them():
         TOOL_USE | {"messages": [USER, CALLED]}
     )
     assert messages(TOOL_USE | {"messages": [USER, CALLED]})[-1].tool_calls, (
-        "a call can be the last that is learnt"
+        "a call can be the last that is learned"
     )
     assert parse_conversation(chat(USER, ANSWER, tools=[ADD]), "x:1").tools == (ADD,), (
         "nor must a tool be called"

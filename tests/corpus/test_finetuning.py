@@ -108,7 +108,7 @@ def test_records_are_the_conversations(tokenizer, shared_data, tmp_path):
         for unit in opened(tmp_path, tokenizer, "conversations", split).units
     ]
     assert sorted((unit & ~SAID).tolist() for unit in found) == fitting and len(fitting) > 50
-    said = {tuple(e.ids.tolist()): e.learnt.tolist() for e in expected}
+    said = {tuple(e.ids.tolist()): e.learned.tolist() for e in expected}
     assert all(
         (unit >> 31).astype(bool).tolist() == said[tuple((unit & ~SAID).tolist())] for unit in found
     )
@@ -140,7 +140,7 @@ def test_of_a_pair_only_the_answers_are_learnt(tokenizer, shared_data, tmp_path)
         for answer in (pair.chosen, pair.rejected):
             encoded = chat.encode(pair.prompt + answer, tokenizer)
             sides[tuple(encoded.ids.tolist())] = [
-                said and at >= prompt for at, said in enumerate(encoded.learnt.tolist())
+                said and at >= prompt for at, said in enumerate(encoded.learned.tolist())
             ]
     found = opened(tmp_path, tokenizer, "preferences").units
     assert len(found) > 50 and all(len(unit) == 2 for unit in found)

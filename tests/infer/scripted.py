@@ -39,4 +39,4 @@ class Scripted:
                 "length" if cut else "stop",
             )
         encoded = chat.encode([Message("user", "x"), reply], self.tokenizer)
-        return Completion("", encoded.ids[encoded.learnt].tolist(), "stop")
+        return Completion("", encoded.ids[encoded.learned].tolist(), "stop")

@@ -112,16 +112,16 @@ def test_long_answers_are_summed_to_the_last_bit():
 # ---- Batches
 
 
-def side(rng, length: int, learnt: int) -> np.ndarray:
-    """Random ids of which the last `learnt` are, a context of one at least before them."""
+def side(rng, length: int, learned: int) -> np.ndarray:
+    """Random ids of which the last `learned` are, a context of one at least before them."""
     ids = rng.integers(0, MODEL.vocab_size, length).astype(np.uint32)
-    ids[length - learnt :] |= SAID
+    ids[length - learned :] |= SAID
     return ids
 
 
 def conversations() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    units = [[side(rng, learnt + 2, learnt)] for learnt in LEARNT]
+    units = [[side(rng, learned + 2, learned)] for learned in LEARNT]
     (batch,) = Rows(units, [[number] for number in range(len(units))], T, 4, pairs=False).batches(
         len(units)
     )
@@ -132,7 +132,10 @@ def conversations() -> dict[str, np.ndarray]:
 def pair_rows() -> Rows:
     rng = np.random.default_rng(2)
     units = [
-        [side(rng, learnt + rng.integers(1, 9), learnt) for learnt in rng.choice([1, 2, 5, 15], 2)]
+        [
+            side(rng, learned + rng.integers(1, 9), learned)
+            for learned in rng.choice([1, 2, 5, 15], 2)
+        ]
         for _ in range(sum(PAIRS))
     ]
     ends = np.cumsum(PAIRS)
@@ -149,10 +152,10 @@ def pairs_with_reference() -> dict[str, np.ndarray]:
     """The reference is drawn, so that every pair has another loss."""
     rows = pair_rows()
     (batch,) = rows.batches(len(rows))
-    learnt = np.array(
+    learned = np.array(
         [[sum(ids >> 31) for ids in unit] for unit in rows.units], np.float64
     )  # a uint32 has no minus
-    drawn = -learnt * np.random.default_rng(3).uniform(3, 8, learnt.shape)
+    drawn = -learned * np.random.default_rng(3).uniform(3, 8, learned.shape)
     return reference.Reference(drawn.astype(np.float32), "").attach(batch)
 
 

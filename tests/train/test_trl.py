@@ -108,7 +108,7 @@ def prepared(url: str, kind: str, tokenizer: Tokenizer, folder: pathlib.Path) ->
 
 
 def records_of(url: str, kind: str, tokenizer: Tokenizer) -> list[tuple[dict, Any]]:
-    """Good rows of a file, the record and what we read in it: of those with few characters, the ones of the fewest learnt tokens first (of a pair's
+    """Good rows of a file, the record and what we read in it: of those with few characters, the ones of the fewest learned tokens first (of a pair's
     longer answer: a float32 sum over hundreds is rounded by what the test allows)."""
     lines, found = pathlib.Path(url.removeprefix("file://")).read_text().splitlines(), []
     for row in read_rows(url, finetuning.PARSERS[kind], lambda where, mistake: None):
@@ -127,7 +127,7 @@ def records_of(url: str, kind: str, tokenizer: Tokenizer) -> list[tuple[dict, An
 
 
 def sides(unit: list[np.ndarray]) -> list[tuple[list[int], list[bool]]]:
-    """The ids of each, and which are learnt."""
+    """The ids of each, and which are learned."""
     return [((side & ~finetuning.SAID).tolist(), (side >> 31 == 1).tolist()) for side in unit]
 
 
@@ -219,7 +219,7 @@ def sft_step(params, batch, rope_theta, model):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_sft(packed, models, conversations, tmp_path):
-    """Both pack, each in its own way, or neither does. TRL adds up over micro-batches as its training does: over all learnt tokens, not by rows."""
+    """Both pack, each in its own way, or neither does. TRL adds up over micro-batches as its training does: over all learned tokens, not by rows."""
     source, theirs = conversations
     rows = Rows.of(source, "train", seq_len=LONGEST, max_segments=16 if packed else 1)
     assert len(rows) < 0.8 * len(theirs) if packed else len(rows) == len(theirs)
@@ -393,11 +393,11 @@ def test_dpo_ids_and_masks(models, pairs, packed_pairs, tmp_path):
     order = units_of(trainer, packed_pairs)
     assert sorted(order) == list(range(ROWS))
     for theirs, number in zip(trainer.train_dataset, order):
-        for name, (_, learnt) in zip(
+        for name, (_, learned) in zip(
             ("chosen_ids", "rejected_ids"), sides(packed_pairs.units[number]), strict=True
         ):
             said = len(theirs[name]) - len(newline)
-            assert learnt == [False] * len(theirs["prompt_ids"]) + [True] * said + [False] * len(
+            assert learned == [False] * len(theirs["prompt_ids"]) + [True] * said + [False] * len(
                 newline
             )
 
@@ -461,18 +461,18 @@ def test_length_normalised_dpo(models, pairs, packed_pairs, logprobs, tmp_path):
 
 
 def test_dpo_differs_from_trl_by_the_newline_alone(models, pairs, packed_pairs, logprobs, tmp_path):
-    """With it learnt, ours are the log-probabilities that TRL's dataset gives as it stands; and it does make a difference."""
+    """With it learned, ours are the log-probabilities that TRL's dataset gives as it stands; and it does make a difference."""
     trainer = dpo_trainer(models, pairs, tmp_path)
     with torch.no_grad():
         metrics = trl_loss(trainer, list(trainer.train_dataset))[1]
     theirs = np.stack([metrics["logps/chosen"], metrics["logps/rejected"]], 1)
     count = len(models.tokenizer.encode("\n"))
-    learnt = [
+    learned = [
         [np.concatenate([side[:-count], side[-count:] | finetuning.SAID]) for side in unit]
         for unit in packed_pairs.units
     ]
     order = units_of(trainer, packed_pairs)
-    found = our_logprobs(models.policy, models, dataclasses.replace(packed_pairs, units=learnt))[
+    found = our_logprobs(models.policy, models, dataclasses.replace(packed_pairs, units=learned))[
         order
     ]
     np.testing.assert_allclose(found, theirs, rtol=1e-5)
